@@ -1,0 +1,94 @@
+/* See bench.h. Both functions return TSC units, or -errno. */
+#include "bench.h"
+
+#include <errno.h>
+#include <string.h>
+#include <sys/ioctl.h>
+#include <sys/mman.h>
+#include <unistd.h>
+
+/* The plain C run loop: handles PIO and MMIO exits as the smallest VMM would, until the guest writes to stop_port. */
+int64_t pykvm_bench_exits(int fd, struct kvm_run *run, uint16_t stop_port)
+{
+	uint64_t start = __builtin_ia32_rdtsc();
+	volatile uint64_t device = 0;
+
+	for (;;) {
+		if (ioctl(fd, KVM_RUN, 0)) {
+			if (errno != EINTR)	/* the kernel may come back so without any signal of ours */
+				return -errno;
+			run->immediate_exit = 0;
+			continue;
+		}
+		switch (run->exit_reason) {
+		case KVM_EXIT_IO: {
+			uint8_t *data = (uint8_t *)run + run->io.data_offset;
+
+			if (run->io.direction == KVM_EXIT_IO_IN)
+				memset(data, 0, run->io.size);
+			else if (run->io.port == stop_port)
+				return (int64_t)(__builtin_ia32_rdtsc() - start);
+			else
+				device = *data;
+			break;
+		}
+		case KVM_EXIT_MMIO:
+			if (run->mmio.is_write)
+				device = run->mmio.data[0];
+			else
+				memset(run->mmio.data, 0, run->mmio.len);
+			break;
+		default:
+			(void)device;
+			return -EPROTO;
+		}
+	}
+}
+
+/* VM and vCPU created, real-mode code run to its first exit, everything closed again: the ioctls that pykvm makes. */
+int64_t pykvm_bench_start(int kvm_fd, uint64_t run_size, const uint8_t *code, uint32_t size, uint64_t memory)
+{
+	struct kvm_userspace_memory_region region = { .memory_size = memory };
+	uint64_t start = __builtin_ia32_rdtsc(), identity = 0xfffbc000;
+	struct kvm_sregs sregs;
+	struct kvm_regs regs;
+	struct kvm_run *run;
+	int vm, vcpu;
+	void *ram;
+
+	vm = ioctl(kvm_fd, KVM_CREATE_VM, 0);
+	if (vm < 0)
+		return -errno;
+	if (ioctl(vm, KVM_SET_TSS_ADDR, 0xfffbd000) || ioctl(vm, KVM_SET_IDENTITY_MAP_ADDR, &identity))
+		return -errno;
+	ram = mmap(NULL, memory, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+	if (ram == MAP_FAILED)
+		return -errno;
+	region.userspace_addr = (uintptr_t)ram;
+	if (ioctl(vm, KVM_SET_USER_MEMORY_REGION, &region))
+		return -errno;
+	memcpy((uint8_t *)ram + 0x1000, code, size);
+	vcpu = ioctl(vm, KVM_CREATE_VCPU, 0);
+	if (vcpu < 0)
+		return -errno;
+	run = mmap(NULL, run_size, PROT_READ | PROT_WRITE, MAP_SHARED, vcpu, 0);
+	if (run == MAP_FAILED)
+		return -errno;
+	if (ioctl(vcpu, KVM_GET_SREGS, &sregs))
+		return -errno;
+	sregs.cs.base = 0;
+	sregs.cs.selector = 0;
+	if (ioctl(vcpu, KVM_SET_SREGS, &sregs) || ioctl(vcpu, KVM_GET_REGS, &regs))
+		return -errno;
+	regs.rip = 0x1000;
+	regs.rflags = 2;
+	if (ioctl(vcpu, KVM_SET_REGS, &regs) || ioctl(vcpu, KVM_RUN, 0))
+		return -errno;
+	if (run->exit_reason != KVM_EXIT_HLT)
+		return -EPROTO;
+	munmap(run, run_size);
+	close(vcpu);
+	close(vm);
+	munmap(ram, memory);
+	return (int64_t)(__builtin_ia32_rdtsc() - start);
+}

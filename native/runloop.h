@@ -1,0 +1,141 @@
+/* The native half of pykvm's run loop: KVM_RUN until an exit that Python must see.
+ *
+ * No device knowledge and no policy live here. Python registers a table of ranges, each with an action; step()
+ * answers the previous exit, enters the guest, counts, records, and packs a claimed access into one 64-bit word so that
+ * an exit costs one call. See runloop.c for the functions and pykvm/runner.py for the Python side.
+ */
+#ifndef PYKVM_RUNLOOP_H
+#define PYKVM_RUNLOOP_H
+
+#include <pthread.h>
+#include <stdint.h>
+#include <time.h>
+#include <linux/kvm.h>
+
+/* What an exit is, in one word (pykvm_vcpu.last). Bits 0-3: one of these. For the four accesses: bits 4-5 log2 of the size,
+ * bits 6-15 the index of the range, bits 16-31 the offset in it, bits 32-63 the value written. For LOOK the exit reason, for
+ * ERROR the errno, are in bits 32-63. */
+enum {
+	PYKVM_LOOK = 0,		/* an exit that Python decodes from struct kvm_run */
+	PYKVM_OUT = 1,
+	PYKVM_IN = 2,
+	PYKVM_MMIO_WRITE = 3,
+	PYKVM_MMIO_READ = 4,
+	PYKVM_ERROR = 5,	/* KVM_RUN failed; EINTR and EAGAIN are among its answers */
+	PYKVM_DRAIN = 6,	/* empty the record ring and the sinks, then step again */
+};
+
+/* The low half of that word names an access. Python gives those it meets a slot, 1 to 254; from then on step() returns
+ * slot | value << 8, small enough to cost Python next to nothing. 0 means: look at last. */
+#define PYKVM_NO_SESSION 255	/* a slot that is never given: this thread runs no vCPU */
+#define PYKVM_HOT 64		/* places, a power of two */
+struct pykvm_hot {
+	uint32_t key;
+	uint32_t slot;
+};
+
+/* What the native loop may do with a range without asking Python. */
+enum {
+	PYKVM_TO_PYTHON = 0,
+	PYKVM_CONSTANT = 1,	/* writes vanish, reads give the value */
+	PYKVM_APPEND = 2,	/* written bytes go to the range's sink; reads go to Python */
+};
+
+/* Who kicked. A device that stops the run it is called from wants no further KVM_RUN. */
+enum {
+	PYKVM_KICKED = 1,
+	PYKVM_KICKED_ITSELF = 2,
+};
+
+#define PYKVM_REASONS 64	/* exit reasons counted one by one; larger ones share the last place */
+#define PYKVM_MAX_RANGES 1024
+
+struct pykvm_sink {
+	uint32_t used, capacity;
+	uint8_t *data;
+};
+
+struct pykvm_range {
+	uint64_t base, length, value;
+	struct pykvm_sink *sink;
+	uint32_t index;
+	uint32_t action;
+};
+
+struct pykvm_table {
+	uint32_t pio_count, mmio_count;
+	struct pykvm_range *pio, *mmio;		/* sorted by base, disjoint */
+};
+
+/* One exit. The same record serves statistics, ledger, trace and explainer. */
+struct pykvm_record {
+	uint64_t tsc_before;	/* just before KVM_RUN */
+	uint64_t tsc_after;	/* just after it */
+	uint64_t tsc_handled;	/* when the answer was there; 0 while it is not */
+	uint64_t rip;		/* as KVM left it, 0 without KVM_CAP_SYNC_REGS; pykvm/debug/insn.py finds insn_rip */
+	uint64_t qualifier;	/* port, gpa, MSR index, suberror: what the reason calls for */
+	uint64_t value;		/* first element written, or read once it is answered */
+	uint32_t reason;
+	uint32_t count;		/* REP count of PIO, else 1 */
+	uint16_t vcpu;
+	uint8_t size;		/* bytes of one element */
+	uint8_t is_write;
+	uint32_t reserved;
+};
+
+struct pykvm_ring {
+	uint32_t used, capacity;
+	struct pykvm_record *data;
+};
+
+/* What a step touches lies together: after an exit the TLB is cold, and each page costs. */
+struct pykvm_vcpu {
+	int fd;
+	uint32_t id;
+	struct kvm_run *run;
+	uint64_t run_size;
+	struct pykvm_table *table;
+	struct pykvm_ring *ring;
+	const struct pykvm_range *recent[2];	/* of the last PIO and the last MMIO access */
+	struct pykvm_hot hot[PYKVM_HOT];
+	uint64_t counts[PYKVM_REASONS];
+	uint64_t last;			/* what the last step found */
+	uint64_t stash;			/* an exit that waits until Python has emptied the sinks ... */
+	uint32_t stashed;		/* ... if there is one */
+	uint32_t appended;		/* a sink has bytes that Python has not seen */
+	uint32_t reply_size;		/* bytes the next reply has, 0: none is due */
+	uint8_t *reply_at;
+	uint32_t native;		/* may the table's actions be carried out here? */
+	uint32_t kicked;		/* PYKVM_KICKED bits since the last EINTR */
+	uint32_t ticked;		/* the session's timer fired since the last EINTR */
+	uint32_t was_kicked, was_ticked;	/* what the last EINTR found */
+	int32_t tid;			/* the thread of the session, 0: none */
+	int32_t process;		/* and its process: a forked child inherits tid */
+	int32_t signal;			/* the signal that interrupts it */
+	uint32_t was_blocked;		/* that signal was blocked in that thread: block it again */
+	struct pykvm_vcpu *outer;	/* the session in which a device began this one */
+	pthread_mutex_t lock;		/* of tid, kicked and the mapping's lifetime: who kicks may be in any thread */
+	uint64_t timer_thread;		/* serial number of the thread the timer is directed at, 0: no timer */
+	int32_t timer_process;		/* a forked child inherits no timers, but may have its own of the same name */
+	int32_t timer_signal;		/* and the signal it sends */
+	uint32_t armed;			/* it ticks */
+	timer_t timer;
+};
+
+int pykvm_ioctl(int fd, unsigned long request, void *argument);
+int pykvm_ioctl_value(int fd, unsigned long request, unsigned long argument);
+int pykvm_map_run(struct pykvm_vcpu *v, int fd, uint64_t size);
+int pykvm_unmap_run(struct pykvm_vcpu *v, int force);
+int pykvm_begin(struct pykvm_vcpu *v, uint64_t first_ns, uint64_t interval_ns);
+void pykvm_end(struct pykvm_vcpu *v);
+int pykvm_run_once(struct pykvm_vcpu *v, uint64_t first_ns, uint64_t interval_ns);
+uint64_t pykvm_run(void);
+uint64_t pykvm_step(uint64_t reply);
+void pykvm_answer(struct pykvm_vcpu *v, uint64_t reply);
+void pykvm_remember(struct pykvm_vcpu *v, uint32_t key, uint32_t slot);
+void pykvm_forget(struct pykvm_vcpu *v);
+void pykvm_kick(struct pykvm_vcpu *v);
+void pykvm_handled(struct pykvm_vcpu *v);
+uint64_t pykvm_rdtsc(void);
+
+#endif

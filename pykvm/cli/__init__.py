@@ -1,0 +1,128 @@
+"""The command ``pykvm``: finds the subcommand, runs it, and turns exceptions into one line on stderr and an exit status.
+
+Exit statuses: 64 usage; 65 bad image; 69 no usable KVM; 70 the guest crashed; 74 the output cannot be written; 124 time limit;
+130 Ctrl-C; 141 nobody reads the output; `pykvm run` itself adds 0 and 1-63 (cli/run.py).
+Parsing is in cli/options.py; each command is one module, imported when it is called.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+
+from pykvm.errors import (
+    AsmError,
+    CapabilityError,
+    ConfigError,
+    GuestCrash,
+    GuestImageError,
+    HostError,
+    KvmError,
+    KvmUnavailableError,
+    PykvmError,
+)
+
+__all__ = ["COMMANDS", "main"]
+
+COMMANDS = {
+    "run": "run a guest: a gallery name or an image file",
+    "guests": "the gallery: what each guest shows, its exits, its source",
+    "doctor": "what this host's KVM is and can do, and where that was read",
+    "bench": "measure exits beside a plain C loop",
+    "host": "run a command inside an emulated VT-x or AMD-V host",
+}
+_STATUS: list[tuple[type[PykvmError], int]] = [
+    (GuestCrash, 70),
+    (KvmUnavailableError, 69),
+    (CapabilityError, 69),
+    (KvmError, 69),
+    (GuestImageError, 65),
+    (AsmError, 65),
+    (ConfigError, 64),
+    (HostError, 1),
+]
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command; returns its exit status."""
+    if None in (sys.stdin, sys.stdout, sys.stderr):
+        _open_closed_streams()
+    try:
+        status = _main(sys.argv[1:] if argv is None else argv)
+        sys.stdout.flush()
+        return status
+    except OSError as error:  # KvmErrors were caught: what is left is the output
+        # What Python would still flush at exit has nowhere to go.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        if isinstance(error, BrokenPipeError):
+            return 141
+        what = "writing the output" if error.filename is None else error.filename
+        print(f"pykvm: {what}: {error.strerror}", file=sys.stderr)
+        return 74
+
+
+def _open_closed_streams() -> None:
+    """No file that is opened from here on may become fd 0, 1 or 2: the guest's output would go to it."""
+    fd = os.open(os.devnull, os.O_RDWR)
+    while fd < 2:
+        fd = os.dup(fd)
+    if fd > 2:
+        os.close(fd)
+    if sys.stdout is None:
+        sys.stdout = open(1, "w", closefd=False)  # noqa: SIM115
+    if sys.stderr is None:
+        sys.stderr = open(2, "w", closefd=False)  # noqa: SIM115
+
+
+def _main(arguments: list[str]) -> int:
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(_help())
+        return 0 if arguments else 64
+    if arguments[0] == "--version":
+        from pykvm import __version__
+
+        print(f"pykvm {__version__}")
+        return 0
+    name, rest = arguments[0], arguments[1:]
+    if name not in COMMANDS:
+        return _complain(ConfigError(_unknown("command", name, COMMANDS)))
+    try:
+        from importlib import import_module
+
+        status: int = import_module(f"pykvm.cli.{name}").main(rest)
+        return status
+    except PykvmError as error:
+        return _complain(error)
+    except KeyboardInterrupt:
+        print("pykvm: interrupted", file=sys.stderr)
+        return 130
+    except MemoryError:
+        print("pykvm: out of memory", file=sys.stderr)
+        return 71
+
+
+def _complain(error: PykvmError) -> int:
+    sys.stdout.flush()
+    if isinstance(error, GuestCrash):
+        print(f"pykvm: the guest crashed: {error.explanation}", file=sys.stderr)
+    else:
+        print(f"pykvm: {error}", file=sys.stderr)
+    console = getattr(error, "console", "")
+    if console:
+        print("--- the last console lines ---", file=sys.stderr)
+        print(console, file=sys.stderr)
+    return next((status for kind, status in _STATUS if isinstance(error, kind)), 1)
+
+
+def _unknown(what: str, name: str, known: dict[str, str]) -> str:
+    from difflib import get_close_matches
+
+    near = get_close_matches(name, known, 1)
+    return f"unknown {what} {name!r}; " + (f"did you mean {near[0]}?" if near else f"use one of {', '.join(known)}")
+
+
+def _help() -> str:
+    lines = ["usage: pykvm COMMAND [OPTIONS]", "", "Run and look into tiny guests on Linux KVM.", ""]
+    lines += [f"  {name:<8} {text}" for name, text in COMMANDS.items()]
+    lines += ["", "pykvm COMMAND --help tells more. Start with: pykvm run hello --stats"]
+    return "\n".join(lines)

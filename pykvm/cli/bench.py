@@ -1,0 +1,107 @@
+"""``pykvm bench``: measurements, each beside plain C in the same run."""
+
+from __future__ import annotations
+
+import sys
+
+from pykvm.cli.options import Command, Option, whole
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from pykvm.bench.exits import Row
+    from pykvm.bench.start import Comparison
+
+COMMAND = Command(
+    "bench",
+    "exits|start",
+    "exits: the round trip of an exit through the plain C loop, the native loop and the Python loop into a Python device.\n"
+    "start: from nothing to a guest's first exit and gone again, in-process beside C, and as a whole process.\n"
+    "Medians with 95 % intervals; differences are taken within a round, so a noisy machine widens intervals, not results.",
+    [
+        Option("--rounds", "rounds to measure", "N", 40, whole),
+        Option("--batch", "exits a round and loop (bench exits)", "N", 2000, whole),
+        Option("--kind", "only this kind of exit; may be repeated (bench exits)", "KIND", many=True),
+        Option("--json", "JSON instead of tables"),
+    ],
+    ["pykvm bench exits", "pykvm bench exits --kind 'PIO out' --rounds 200", "pykvm bench start --json"],
+)
+
+
+def main(argv: list[str]) -> int:
+    """Measure and print."""
+    (what,), o = COMMAND.parse(argv, 1, 1)
+    if what not in ("exits", "start"):
+        from pykvm.errors import ConfigError
+
+        raise ConfigError(f"no benchmark is called {what!r}: use exits or start")
+    return _exits(o["kind"], o["batch"], o["rounds"], o["json"]) if what == "exits" else _start(o["rounds"], o["json"])
+
+
+def _progress(label: str) -> Callable[[int, int], None] | None:
+    if not sys.stderr.isatty():
+        return None
+
+    def show(i: int, n: int) -> None:
+        end = "\r\x1b[K" if i == n else "\r"
+        print(f"{label}: round {i} of {n}" if i < n else "", end=end, file=sys.stderr, flush=True)
+
+    return show
+
+
+def _exits(kinds: list[str], batch: int, rounds: int, json: bool) -> int:
+    from pykvm.bench.exits import KINDS, bench_exits
+    from pykvm.errors import ConfigError
+
+    for kind in kinds:
+        if kind not in KINDS:
+            raise ConfigError(f"unknown kind {kind!r}: use one of {', '.join(KINDS)}")
+    show = _progress("bench exits")
+    rows = bench_exits(kinds or list(KINDS), batch, rounds, None if show is None else lambda kind, i, n: show(i, n))
+    if json:
+        from json import dumps
+
+        print(dumps({"schema": 1, "benchmark": "exits", "batch": batch, "rows": [row.as_dict() for row in rows]}, indent=2))
+    else:
+        print(_exit_table(rows))
+    return 0
+
+
+def _exit_table(rows: list[Row]) -> str:
+    names = list(rows[0].over_c)
+    lines = [f"TSC units an exit (at {rows[0].tsc_khz / 1e6:.2f} GHz); in brackets ns; ± half the 95 % interval", ""]
+    lines.append(f"{'exit':<11} {'plain C':>22}" + "".join(f" {'C + ' + name:>30}" for name in names))
+    for row in rows:
+        ns = 1e6 / row.tsc_khz
+        cells = [f"{row.c.value:>9.0f} ({row.c.value * ns:.0f} ns)"]
+        line = f"{row.kind:<11} {cells[0]:>22}"
+        for name in names:
+            e = row.over_c[name]
+            line += f" {f'{e.value:+.0f} ±{(e.high - e.low) / 2:.0f} ({e.value * ns:+.0f} ns)':>30}"
+        lines.append(line)
+    return "\n".join(lines)
+
+
+def _start(rounds: int, json: bool) -> int:
+    from pykvm.bench.start import bench_in_process, bench_whole_process
+
+    both = [
+        bench_in_process(5 * rounds, _progress("bench start, in-process")),
+        bench_whole_process(rounds, _progress("bench start, whole processes")),
+    ]
+    if json:
+        from json import dumps
+
+        print(dumps({"schema": 1, "benchmark": "start", "comparisons": [c.as_dict() for c in both]}, indent=2))
+    else:
+        print("\n\n".join(map(_comparison, both)))
+    return 0
+
+
+def _comparison(c: Comparison) -> str:
+    lines = [c.title]
+    for name, ms in c.ms.items():
+        times = "" if name == c.base else f"  {c.ratio[name].value:.2f} × ({c.ratio[name].low:.2f} to {c.ratio[name].high:.2f})"
+        lines.append(f"  {name:<18} {ms.value:>8.3f} ms{times}")
+    return "\n".join(lines)

@@ -1,0 +1,185 @@
+"""``pykvm run``: one guest, its console on stdout, what happened on stderr.
+
+Exit status: 0 the guest halted or debug-exited with 0; n (1-63) debug exit code n, larger ones give 63 and are printed; 64 usage;
+65 bad image; 69 no usable KVM; 70 the guest crashed; 124 time limit; 130 Ctrl-C.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+
+from pykvm.cli.options import Command, Option, number
+from pykvm.errors import GuestCrash
+from pykvm.machine import Machine
+from pykvm.units import parse_address
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from pykvm.machine import Result
+    from pykvm.records import StatRow
+
+COMMAND = Command(
+    "run",
+    "IMAGE",
+    "Run a guest until it halts, exits, crashes or its time is up. IMAGE is a gallery name (pykvm guests) or a file:\n"
+    "ELF32 or ELF64, or a flat binary. The guest's console (COM1 and port 0xe9) is stdout, stdin is its input.",
+    [
+        Option("--memory", "RAM, in bytes or with K, M, G; what the image asks for, else 16M", "SIZE"),
+        Option("--backing", "where RAM comes from", default="anonymous", choices=("anonymous", "memfd", "hugetlb")),
+        Option(
+            "--mode", "CPU mode to start in; auto asks the image", default="auto", choices=("auto", "real", "protected", "long", "user")
+        ),
+        Option("--entry", "guest physical address to start at, instead of the image's own", "GPA", convert=parse_address),
+        Option("--timeout", "time limit in seconds", "SECONDS", 10.0, number),
+        Option("--append", "command line for the guest (RSI points at it)", "TEXT", ""),
+        Option("--loop", "who handles exits first", default="native", choices=("python", "native")),
+        Option("--stats", "a table of the exits: count, total and median time"),
+        Option("--strict", "an access that no device claims is a crash"),
+        Option("--json", "one JSON object instead of text"),
+        Option("--qemu-exit-status", "debug exit code n becomes status (n << 1) | 1, as with QEMU's isa-debug-exit"),
+    ],
+    [
+        "pykvm run hello --stats",
+        "pykvm run boot.bin --mode real --memory 1M",
+        "echo hello | pykvm run echo",
+    ],
+)
+
+
+class _Output:
+    """Console output to stdout: written at line ends, and at least ten times a second.
+
+    Through Python's own buffer: Ctrl-C between a write and the note that it was made would print the same twice.
+    """
+
+    def __init__(self) -> None:
+        self.stdout = sys.stdout.buffer
+        self.flush = self.stdout.flush
+
+    def write(self, data: bytes) -> None:
+        self.stdout.write(data)
+        if b"\n" in data:
+            self.flush()
+
+
+class _Input:
+    """stdin, asked without waiting; its end becomes Ctrl-D (0x04) once, as a terminal would send it."""
+
+    def __init__(self, before: _Output) -> None:
+        self.before = before
+        self.ended = False
+
+    def poll(self) -> bytes:
+        from select import select
+
+        self.before.flush()
+        try:
+            if self.ended or not select((0,), (), (), 0)[0]:
+                return b""
+            data = os.read(0, 4096)
+        except (OSError, ValueError):
+            data = b""  # closed
+        self.ended = not data
+        return data or b"\x04"
+
+
+def main(argv: list[str]) -> int:
+    """Run it; returns the exit status."""
+    (image,), o = COMMAND.parse(argv, 1, 1)
+    output = _Output()
+    machine = Machine(
+        image,
+        memory=o["memory"],
+        backing=o["backing"],
+        mode=o["mode"],
+        entry=o["entry"],
+        append=o["append"],
+        loop=o["loop"],
+        stats=o["stats"],
+        strict=o["strict"],
+        on_output=None if o["json"] else output.write,
+        poll_input=_Input(output).poll,
+    )
+    with machine:
+        machine.runner.on_heartbeat = output.flush
+        crash = None
+        interrupted = False
+        try:
+            result = machine.run(o["timeout"])
+        except GuestCrash as error:
+            if error.result is None:
+                raise
+            crash, result = error, error.result
+        except KeyboardInterrupt:
+            interrupted, result = True, machine.result("interrupted")
+        finally:
+            output.flush()
+        status = 130 if interrupted else 70 if crash else _status(result, o["qemu_exit_status"])
+        if o["json"]:
+            import json
+
+            about = {"image": machine.info.path, "mode": machine.info.mode, "status": status, "insn_rip": machine.insn_rip()}
+            print(json.dumps({**about, **result.as_dict()}, indent=2))
+        else:
+            _report(machine, result, status, o["timeout"])
+        return status
+
+
+def _status(result: Result, qemu: bool) -> int:
+    if result.reason == "timeout":
+        return 124
+    code = result.exit_code
+    if qemu and result.reason == "exit" and code is not None:
+        return (code << 1 | 1) & 0xFF
+    return min(code or 0, 63)
+
+
+def _report(machine: Machine, result: Result, status: int, timeout: float) -> None:
+    """What a person wants to know beyond the console; nothing for a guest that ended well."""
+    if result.console and not result.console.endswith("\n"):
+        sys.stdout.write("\n")
+    if result.stats is not None:
+        print(_table(result.stats))
+    sys.stdout.flush()
+    err = sys.stderr
+    wanted = machine.info.note.get("mode", machine.info.mode)
+    if wanted != machine.info.mode:
+        print(f"pykvm: the image asks for {wanted} mode; it was started in {machine.info.mode} mode, as --mode said", file=err)
+    for (space, at, size, is_write), count in list(result.unclaimed.items())[:8]:
+        where = f"port {at:#x}" if space == "pio" else f"gpa {at:#x}"
+        what = f"{'write to' if is_write else 'read from'} {where}, {size} byte{'s' * (size > 1)}"
+        print(f"pykvm: no device claims: {what}{f', {count} times' if count > 1 else ''}", file=err)
+    if len(result.unclaimed) > 8:
+        print(f"pykvm: ... and {len(result.unclaimed) - 8} more kinds of accesses that no device claims", file=err)
+    if machine.console.dropped:
+        print(f"pykvm: {machine.console.dropped} bytes of console output were too many to keep", file=err)
+    if status == 130:
+        print("pykvm: interrupted", file=err)
+    elif status == 70:
+        print(f"pykvm: the guest crashed: {result.explanation}", file=err)
+    elif status == 124:
+        print(f"pykvm: time limit of {timeout:g} s: {result.explanation}", file=err)
+    elif result.reason == "reset":
+        print("pykvm: the guest reset itself", file=err)
+    elif status == 63 and (result.exit_code or 0) > 63:
+        print(f"pykvm: debug exit code {result.exit_code} ({result.exit_code:#x})", file=err)
+
+
+def _table(rows: list[StatRow]) -> str:
+    """The exits by kind. "in KVM" is KVM_RUN from in to out: the guest's own instructions are in it."""
+    width = max([len(row.name) for row in rows] + [4])
+    lines = [f"{'exit':<{width}} {'count':>8} {'in KVM: total':>14} {'median':>9} {'handler: total':>15} {'median':>9}"]
+    for row in rows:
+        lines.append(
+            f"{row.name:<{width}} {row.count:>8} {_time(row.kvm_total):>14} {_time(row.kvm_median):>9} "
+            f"{_time(row.handler_total):>15} {_time(row.handler_median):>9}"
+        )
+    return "\n".join(lines)
+
+
+def _time(ns: float) -> str:
+    for unit, size in (("s", 1e9), ("ms", 1e6), ("µs", 1e3)):
+        if ns >= size:
+            return f"{ns / size:.2f} {unit}"
+    return f"{ns:.0f} ns"

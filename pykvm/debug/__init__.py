@@ -1,0 +1,1 @@
+"""Looking into guests: why one stopped (explain), which instruction made an exit (insn)."""

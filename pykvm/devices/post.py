@@ -1,0 +1,28 @@
+"""Port 0x80, where firmware writes power-on self test codes, and Linux writes to pass a microsecond."""
+
+from __future__ import annotations
+
+__all__ = ["PostPort"]
+
+
+class PostPort:
+    """Keeps the newest ``history`` codes in ``codes``; a read gives the last one, as the latch on a PC does."""
+
+    name = "POST port"
+
+    def __init__(self, history: int = 256) -> None:
+        self.codes: list[int] = []
+        self.history = history
+
+    def read(self, offset: int, size: int) -> int:
+        """The last code."""
+        return self.codes[-1] & ((1 << 8 * size) - 1) if self.codes else 0
+
+    def write(self, offset: int, size: int, value: int) -> None:
+        """A code."""
+        self.codes.append(value)
+        if len(self.codes) > self.history:
+            del self.codes[0]
+
+    def __repr__(self) -> str:
+        return f"<POST port: {' '.join(f'{code:02x}' for code in self.codes[-8:]) or 'no codes'}>"

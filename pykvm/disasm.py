@@ -1,0 +1,97 @@
+"""Disassembly with capstone, imported when first used."""
+
+from __future__ import annotations
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from pykvm.symbols import Symbols
+
+__all__ = ["Insn", "disassemble", "window"]
+
+_LONGEST = 15
+_NEAR = 4096  # a symbol farther back than this is not decoded from
+
+
+class Insn:
+    """One instruction: ``address``, its ``bytes``, and its text."""
+
+    __slots__ = ("address", "bytes", "mnemonic", "op_str")
+
+    def __init__(self, address: int, bytes: bytes, mnemonic: str, op_str: str) -> None:
+        self.address, self.bytes, self.mnemonic, self.op_str = address, bytes, mnemonic, op_str
+
+    @property
+    def size(self) -> int:
+        """Bytes."""
+        return len(self.bytes)
+
+    def __str__(self) -> str:
+        return f"{self.mnemonic} {self.op_str}".strip()
+
+    def __repr__(self) -> str:
+        return f"<Insn {self.address:#x}: {self}>"
+
+
+def disassemble(data: bytes, address: int, bits: int, count: int = 0) -> list[Insn]:
+    """Up to ``count`` instructions (0: all) of ``data``, which lies at ``address``, decoded as 16-, 32- or 64-bit code.
+
+    Ends early at bytes that are no instruction.
+    """
+    import capstone
+
+    mode = {16: capstone.CS_MODE_16, 32: capstone.CS_MODE_32, 64: capstone.CS_MODE_64}[bits]
+    engine = capstone.Cs(capstone.CS_ARCH_X86, mode)
+    return [Insn(i.address, bytes(i.bytes), i.mnemonic, i.op_str) for i in engine.disasm(data, address, count)]
+
+
+def window(
+    read: Callable[[int, int], bytes],
+    rip: int,
+    bits: int,
+    before: int = 4,
+    after: int = 6,
+    symbols: Symbols | None = None,
+) -> str:
+    """The instructions around ``rip`` as lines, with ``=>`` at it.
+
+    ``read(address, size)`` gives code bytes, fewer where memory ends. x86 code cannot be read backwards: what comes before ``rip`` is
+    decoded from the symbol at or before it, else by trying starts until one run of instructions ends exactly there.
+    """
+    lines = []
+    found = symbols.lookup(rip) if symbols else None
+    known = [] if found is None or found[1] > _NEAR else _run_to(read, rip - found[1], rip, bits)
+    for insn in known[-before:] or _before(read, rip, bits, before):
+        lines.append(_line(insn, "  ", symbols))
+    here = disassemble(read(rip, _LONGEST * after), rip, bits, after)
+    if not here:
+        data = read(rip, 8)
+        what = f"bytes {data.hex(' ')}: not an instruction" if data else "no memory here"
+        lines.append(f"=> {rip:#010x}: {what}")
+    for insn in here:
+        lines.append(_line(insn, "=>" if insn.address == rip else "  ", symbols))
+    return "\n".join(lines)
+
+
+def _run_to(read: Callable[[int, int], bytes], start: int, rip: int, bits: int) -> list[Insn]:
+    """The instructions from ``start`` up to ``rip``, or none when they do not end exactly there."""
+    data = read(start, rip - start)
+    run = disassemble(data, start, bits) if data and len(data) == rip - start else []
+    return run if run and run[-1].address + run[-1].size == rip else []
+
+
+def _before(read: Callable[[int, int], bytes], rip: int, bits: int, count: int) -> list[Insn]:
+    best: list[Insn] = []
+    for distance in range(min(rip, 6 * count), 0, -1):
+        run = _run_to(read, rip - distance, rip, bits)
+        if len(run) >= count:
+            return run[-count:]
+        best = max(best, run, key=len)
+    return best
+
+
+def _line(insn: Insn, mark: str, symbols: Symbols | None) -> str:
+    name = symbols.name(insn.address) if symbols else ""
+    where = f" <{name}>" if name else ""
+    return f"{mark} {insn.address:#010x}{where}: {insn.bytes.hex():<20} {insn}"

@@ -1,0 +1,45 @@
+"""The one guest platform, as named constants: the guest physical map, I/O ports and GSIs.
+
+Ports are the PC's own (and QEMU's for the debug devices), so that images written for those run here too.
+"""
+
+from __future__ import annotations
+
+# --- I/O ports -------------------------------------------------------------------------------------------------------
+COM1 = 0x3F8  # 16550A UART, 8 ports, IRQ 4
+POST = 0x80  # power-on self test codes
+RTC_INDEX = 0x70  # MC146818: index at 0x70, data at 0x71
+KBD_DATA = 0x60
+KBD_COMMAND = 0x64  # i8042 command/status: writing 0xFE pulses the reset line
+RESET_CONTROL = 0xCF9  # PIIX/ICH reset control register
+DEBUG_CONSOLE = 0xE9  # every byte written is console output (Bochs' port 0xE9 hack)
+DEBUG_EXIT = 0xF4  # isa-debug-exit: the value written ends the run with that code
+SCRATCH_PORT = 0xE0  # eight ports that keep what is written
+EXCEPTION_REPORT = 0xF8  # pykvm: the minimal kernel of user mode reports an exception frame here
+
+# --- GSIs ------------------------------------------------------------------------------------------------------------
+COM1_GSI = 4
+RTC_GSI = 8
+
+# --- Guest physical map ----------------------------------------------------------------------------------------------
+# 0x00000000  page 0 stays free: real-mode vectors, and in user mode it is unmapped so that a null pointer faults
+# 0x00001000  the tables of protected, long and user mode (see x86/modes.py): GDT, IDT, TSS, handler stubs, page tables
+# 0x00007c00  where flat real-mode images go
+# 0x00100000  where protected and long mode images go (guests/guest.ld, 1 MiB)
+# RAM_HIGH    RAM beyond the MMIO hole continues at 4 GiB
+GDT_GPA = 0x1000
+IDT_GPA = 0x2000
+TSS_GPA = 0x3000  # 104 bytes and the I/O permission bitmap of 8193 bytes: three pages
+STUBS_GPA = 0x6000  # exception handlers of user mode
+KERNEL_STACK_TOP = 0x8000  # grows down to STUBS_GPA + 0x1000
+CMDLINE_GPA = 0x8000  # the command line, NUL-terminated, one page; RSI points here at the start
+PAGE_TABLES_GPA = 0x9000
+PAGE_TABLES_END = 0x9F000
+REAL_LOAD_GPA = 0x7C00
+LOAD_GPA = 0x100000
+
+MMIO_HOLE = 0xC000_0000  # RAM below this; devices between here and 4 GiB
+MMIO_HOLE_END = 0x1_0000_0000
+SCRATCH_GPA = 0xD000_0000  # one page that keeps what is written, where every access exits
+IDENTITY_MAP_GPA = 0xFFFB_C000  # KVM_SET_IDENTITY_MAP_ADDR: one page (hosts without unrestricted guest)
+TSS_ADDR_GPA = 0xFFFB_D000  # KVM_SET_TSS_ADDR: three pages, directly above

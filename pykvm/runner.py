@@ -1,0 +1,298 @@
+"""The run loop: one KVM_RUN after another until the guest stops, each exit given to the device that claims it.
+
+The hot path makes no objects. ``lib.pykvm_step`` answers the previous exit, enters the guest and returns the next one as a slot
+and a value in one small integer (native/runloop.h). Slots are given to accesses as they are first met, and ``_handlers`` has the
+device's bound method for each. Everything else is 0 and goes through ``_look``: unclaimed and REP accesses, HLT, errors.
+
+Both loops are this one. With ``loop="native"`` the C side may carry out what a range's ``Native`` action says and come back less
+often; exits and records are the same.
+"""
+
+from __future__ import annotations
+
+from _thread import RLock, get_native_id
+from time import monotonic
+
+from pykvm import exits
+from pykvm.abi import EBUSY, EIO, ffi, lib
+from pykvm.errors import ConfigError, KvmError
+from pykvm.units import PAGE_SIZE
+from pykvm.vcpu import FOREVER
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from typing import Any
+
+    from pykvm.bus import Bus, Range
+    from pykvm.exits import Exit
+    from pykvm.records import RecordRing
+    from pykvm.vcpu import VCPU
+
+__all__ = ["HEARTBEAT", "LOOPS", "Runner", "Stop"]
+
+LOOPS = ("python", "native")
+HEARTBEAT = 0.1  # seconds; KVM_RUN comes back this often so that Python's signal handlers run and the time limit is seen
+SHORTEST = 1e-3  # seconds between two ticks: a timer as fast as its own signal's handler would leave no time for anything else
+_SINK_SIZE = 4096
+_ERROR = lib.PYKVM_ERROR
+_FIRST_WRITE = 128  # slots 1 to 127 are reads, 128 to 255 writes
+
+
+class Stop:
+    """Why a run ended. ``reason``: "halted", "exit", "reset", "stopped", "timeout" or "crash"; ``code`` goes with "exit"; ``exit`` is
+    the exit that ended it, when one did."""
+
+    __slots__ = ("code", "exit", "reason")
+
+    def __init__(self, reason: str, code: int | None = None, exit: Exit | None = None) -> None:
+        self.reason, self.code, self.exit = reason, code, exit
+
+    def __repr__(self) -> str:
+        code = "" if self.code is None else f" code={self.code}"
+        return f"<Stop {self.reason}{code}{'' if self.exit is None else f' {self.exit!r}'}>"
+
+
+def _no_session(offset: int, size: int, value: int) -> None:
+    """Where the loop lands in a child that a device has forked: the vCPU belongs to the parent."""
+    raise KvmError("KVM_RUN", EIO, "this process was forked by the one that runs the vCPU, and cannot go on with it")
+
+
+class Runner:
+    """Runs one vCPU against a bus.
+
+    A device stops the run through ``stop()``; so may another thread. KVM is not entered again then: the guest stays at the access, which
+    is answered, and goes on behind it in the next ``run()``. An exception from a device reaches the caller of ``run()``
+    with the guest as it was at the access, which the next ``run()`` gives to the device again.
+    """
+
+    def __init__(self, vcpu: VCPU, bus: Bus, loop: str = "native", ring: RecordRing | None = None) -> None:
+        if loop not in LOOPS:
+            raise ConfigError(f"unknown loop {loop!r}: use one of {', '.join(LOOPS)}")
+        self.vcpu, self.bus, self.loop, self.ring = vcpu, bus, loop, ring
+        self.on_records: Callable[[RecordRing], None] | None = None
+        self.on_heartbeat: Callable[[], None] | None = None
+        self._stop: Stop | None = None
+        self._handlers: list[tuple[Any, int, int]] = [(None, 0, 0)] * 255 + [(_no_session, 0, 0)]  # slot -> (method, offset, size)
+        self._slots: dict[int, int] = {}  # name of an access -> its slot
+        self._ranges: list[Range] = []
+        self._table: list[Any] = []  # cffi objects that the native table is made of
+        self._sinks: list[tuple[Any, Any]] = []
+        self._version = (-1, -1)
+        self._lent: tuple[Any, ...] | None = None
+        self._table_lock = RLock()  # who changes the bus may be in any thread
+        bus.on_change = self._sync_table
+        if ring is not None:
+            vcpu.want_sync_regs()
+
+    # --- the loop ----------------------------------------------------------------------------------------------------
+
+    def run(self, timeout: float | None = None) -> Stop:
+        """Run until the guest stops or ``timeout`` seconds have passed. Raises what devices raise, and KvmError."""
+        native = self.vcpu.native
+        run, step, handlers = lib.pykvm_run, lib.pykvm_step, self._handlers
+        if timeout is not None:
+            timeout = min(timeout, FOREVER)
+        deadline = None if timeout is None else monotonic() + timeout
+        interval = HEARTBEAT if timeout is None else timeout / max(1, -(-timeout // HEARTBEAT))
+        if native.tid == get_native_id():
+            raise KvmError("preparing KVM_RUN", EBUSY, f"vCPU {self.vcpu.id} is running: one of its devices asked for this run")
+        try:
+            with self._table_lock:  # from here on, others who change the bus leave the table to this thread
+                self._sync_table()
+                self.vcpu.begin(max(interval, 1e-6), max(interval, SHORTEST))
+            native.native = self.loop == "native"
+            # After an exception the last exit still waits for its answer; a fresh start answers nothing.
+            got = run() if native.last & 0xF == _ERROR else 0
+            while True:
+                slot = got & 0xFF
+                if slot >= _FIRST_WRITE:
+                    method, offset, size = handlers[slot]
+                    method(offset, size, got >> 8)
+                    got = run()
+                elif slot:
+                    method, offset, size = handlers[slot]
+                    got = step(method(offset, size))
+                else:
+                    reply = self._look(native.last, deadline)
+                    if self._stop is not None:
+                        lib.pykvm_answer(native, reply)
+                        if native.last & 0xF != lib.PYKVM_DRAIN:
+                            native.last = _ERROR  # done with: the next run starts afresh
+                        stop, self._stop = self._stop, None
+                        return stop
+                    got = step(reply)
+        except BaseException as error:
+            if isinstance(error, (TypeError, OverflowError)):
+                self._blame(native.last, error)
+            raise
+        finally:
+            try:
+                if native.tid == get_native_id():
+                    lib.pykvm_handled(native)
+                    self._drain()
+            finally:
+                lib.pykvm_end(native)  # when begin was not reached, it does nothing
+
+    def stop(self, reason: str = "stopped", code: int | None = None) -> None:
+        """End the run: from a device (what it answers still counts) or from another thread."""
+        if self._stop is None:
+            self._stop = Stop(reason, code)
+        self.vcpu.kick()
+
+    def _blame(self, packed: int, error: BaseException) -> None:
+        """Name the device whose answer was no integer of the access's size."""
+        if packed & 0xF in (lib.PYKVM_IN, lib.PYKVM_MMIO_READ) and packed >> 6 & 0x3FF < len(self._ranges):
+            claimed = self._ranges[packed >> 6 & 0x3FF]
+            error.add_note(f"while {claimed!r} answered a read: read(offset, size) must return an int from 0 to 2**(8 * size) - 1")
+
+    # --- what is not hot ---------------------------------------------------------------------------------------------
+
+    def _look(self, packed: int, deadline: float | None) -> int:
+        """Anything but an access already in the dictionaries. Returns the reply; sets ``_stop`` to end the run."""
+        kind = packed & 0xF
+        if kind == lib.PYKVM_DRAIN:
+            self._make_room()
+            return 0
+        if kind == _ERROR:
+            self._failed(packed >> 32, deadline)
+            return 0
+        if kind != lib.PYKVM_LOOK:
+            return self._claimed(packed, kind)
+        return self._unpacked()
+
+    def _claimed(self, packed: int, kind: int) -> int:
+        """An access without a slot yet: give it one while there are any, and carry it out."""
+        claimed = self._ranges[packed >> 6 & 0x3FF]
+        size, offset = 1 << (packed >> 4 & 3), packed >> 16 & 0xFFFF
+        is_write = kind in (lib.PYKVM_OUT, lib.PYKVM_MMIO_WRITE)
+        self._give_slot(packed & 0xFFFFFFFF, (claimed.write if is_write else claimed.read, offset, size), is_write)
+        if is_write:
+            claimed.write(offset, size, packed >> 32)
+            return 0
+        return claimed.read(offset, size)
+
+    def _give_slot(self, name: int, handler: tuple[Any, int, int], is_write: bool) -> None:
+        slot = self._slots.get(name)
+        if slot is None:
+            used = sum((s >= _FIRST_WRITE) == is_write for s in self._slots.values())
+            if used >= 127:
+                return  # a guest that touches so many registers pays a little more for the rest
+            slot = (_FIRST_WRITE if is_write else 1) + used
+            self._slots[name] = slot
+            self._handlers[slot] = handler
+        lib.pykvm_remember(self.vcpu.native, name, slot)
+
+    def _unpacked(self) -> int:
+        """An exit that only kvm_run describes in full."""
+
+        bus = self.bus
+        exit = exits.decode(self.vcpu.native)
+        match exit:
+            case exits.IoOut():
+                bus.out(exit.port, exit.size, exit.data, exit.count)
+            case exits.IoIn():
+                answer = bus.in_(exit.port, exit.size, exit.count)
+                exit.reply(answer)
+                return int.from_bytes(answer[: exit.size], "little")
+            case exits.MmioWrite():
+                bus.write("mmio", exit.gpa, exit.size, exit.value)
+            case exits.MmioRead():
+                return bus.read("mmio", exit.gpa, exit.size)
+            case exits.Hlt():
+                self._stop = Stop("halted", exit=exit)
+            case exits.IrqWindowOpen() | exits.SetTpr() | exits.Intr():
+                pass
+            case _:
+                self._stop = Stop("crash", exit=exit)
+        return 0
+
+    def _failed(self, errno: int, deadline: float | None) -> None:
+        """KVM_RUN gave an errno: a kick, the heartbeat, the time limit, or an error, which raises KvmError."""
+        exit = self.vcpu.failed(errno)
+        if isinstance(exit, exits.Intr):
+            self._sync_table()
+            if self._stop is None and deadline is not None and monotonic() >= deadline:
+                self._stop = Stop("timeout")
+            if self.on_heartbeat is not None:
+                self.on_heartbeat()
+        elif not isinstance(exit, exits.Eagain):
+            self._stop = Stop("crash", exit=exit)
+
+    # --- the native table, sinks and records -------------------------------------------------------------------------
+
+    def _sync_table(self) -> None:
+        """Make the native table again when ranges have come or gone, or when another Runner has had the vCPU."""
+        pio, mmio, native = self.bus.pio, self.bus.mmio, self.vcpu.native
+        if (pio.version, mmio.version) == self._version and self.vcpu.lent is self._lent:
+            return
+        with self._table_lock:
+            if native.tid not in (0, get_native_id()):
+                self.vcpu.kick()  # the vCPU's own thread does it when it comes back
+                return
+            self._drain_sinks()
+            version = (pio.version, mmio.version)
+            pio_ranges, mmio_ranges = pio.ranges, mmio.ranges
+            ranges = [*pio_ranges, *mmio_ranges]
+            if len(ranges) > lib.PYKVM_MAX_RANGES:
+                raise ConfigError(f"{len(ranges)} ranges are claimed by devices; the run loop has room for {lib.PYKVM_MAX_RANGES}")
+            self._slots.clear()
+            lib.pykvm_forget(native)
+            self._ranges, self._sinks = ranges, []
+            table, rows = self._place_table(len(ranges))
+            table.pio_count, table.mmio_count = len(pio_ranges), len(mmio_ranges)
+            for index, claimed in enumerate(ranges):
+                self._fill(rows[index], index, claimed)
+            table.pio, table.mmio = rows, rows + len(pio_ranges)
+            native.ring = ffi.NULL if self.ring is None else self.ring.cdata
+            self._lent = self.vcpu.lent = (self._table, self.ring)
+            native.table = table
+            self._version = version
+
+    def _place_table(self, count: int) -> tuple[Any, Any]:
+        """Room for the table: in the vCPU's own page while it fits (see native/runloop.h), else somewhere else."""
+        native = self.vcpu.native
+        native.table = ffi.NULL
+        start = ffi.cast("char *", native) + ffi.sizeof("struct pykvm_vcpu")
+        need = ffi.sizeof("struct pykvm_table") + count * ffi.sizeof("struct pykvm_range")
+        if ffi.sizeof("struct pykvm_vcpu") + need > PAGE_SIZE:
+            start = ffi.new("char[]", need)
+        self._table = [start]
+        ffi.memmove(start, bytes(need), need)
+        return ffi.cast("struct pykvm_table *", start), ffi.cast("struct pykvm_range *", start + ffi.sizeof("struct pykvm_table"))
+
+    def _fill(self, row: Any, index: int, claimed: Range) -> None:
+        row.base, row.length, row.index = claimed.base, claimed.length, index
+        native = claimed.native
+        if native is None:
+            row.action = lib.PYKVM_TO_PYTHON
+        elif native.kind == "append":
+            row.action = lib.PYKVM_APPEND
+            data = ffi.new("uint8_t[]", _SINK_SIZE)
+            sink = ffi.new("struct pykvm_sink *", {"capacity": _SINK_SIZE, "data": data})
+            row.sink = sink
+            self._sinks.append((sink, native.sink))
+            self._table += [data, sink]
+        else:
+            row.action, row.value = lib.PYKVM_CONSTANT, native.value
+
+    def _drain_sinks(self) -> None:
+        for sink, target in self._sinks:
+            if sink.used:
+                data = bytes(ffi.buffer(sink.data, sink.used))
+                sink.used = 0
+                target.extend(data)
+
+    def _make_room(self) -> None:
+        """For DRAIN. With an exit in the stash it is about the sinks: the ring's newest record still waits for its answer."""
+        self._drain_sinks()
+        if self.ring is None or self.vcpu.native.stashed:
+            return
+        self._drain()
+        if self.ring.cdata.used == self.ring.cdata.capacity:
+            raise ConfigError(f"the record ring is full ({self.ring.cdata.capacity}): set on_records to something that drains it")
+
+    def _drain(self) -> None:
+        self._drain_sinks()
+        if self.ring is not None and self.on_records is not None:
+            self.on_records(self.ring)

@@ -1,0 +1,224 @@
+"""A vCPU: its registers and KVM_RUN. Methods are the vCPU ioctls without their KVM_ (api.rst 4)."""
+
+from __future__ import annotations
+
+import os
+
+from pykvm import exits
+from pykvm.abi import EAGAIN, EBADF, EFAULT, EINTR, Struct, ffi, flexible, ioctl, ioctl_value, lib, new
+from pykvm.cpuid import Cpuid
+from pykvm.errors import ConfigError, KvmError
+from pykvm.units import PAGE_SIZE
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from types import TracebackType
+    from typing import Any
+
+    from pykvm.vm import VM
+
+__all__ = ["FOREVER", "VCPU"]
+
+FOREVER = 1e9  # seconds, 31 years: longer time limits are cut to this, so that their nanoseconds have room
+
+_ERROR = lib.PYKVM_ERROR
+
+
+class VCPU:
+    """A vCPU fd and the kvm_run area it shares with user space; made by ``VM.create_vcpu()``.
+
+    Structures come as ``Struct``: change a field and set it back.
+
+    >>> regs = vcpu.get_regs()
+    >>> regs.rip = 0x1000
+    >>> vcpu.set_regs(regs)
+    """
+
+    def __init__(self, vm: VM, id: int, run_size: int) -> None:
+        self.id = id
+        self.fd = -1
+        self._sync_regs = vm.sync_regs
+        # What native/runloop.c knows of this vCPU, at the start of a page of its own; the run loop's table shares the page.
+        self.arena: Any = ffi.new("char[]", 2 * PAGE_SIZE)
+        start = -int(ffi.cast("uintptr_t", self.arena)) % PAGE_SIZE
+        self.native: Any = ffi.cast("struct pykvm_vcpu *", self.arena + start)
+        self.lent: object = None  # what a Runner had ``native`` point at: it must live as long
+        fd = ioctl_value(vm.fd, "KVM_CREATE_VCPU", id, f"vCPU {id}")
+        self.fd = fd
+        error = lib.pykvm_map_run(self.native, fd, run_size)
+        if error < 0:
+            self.close()
+            raise KvmError("mmap of kvm_run", -error, f"vCPU {id}")
+        self.native.id = id
+
+    # --- registers ---------------------------------------------------------------------------------------------------
+
+    def _get(self, name: str, ctype: str) -> Struct:
+        value = new(ctype)
+        ioctl(self.fd, name, value.cdata)
+        return value
+
+    def get_regs(self) -> Struct:
+        """KVM_GET_REGS: ``struct kvm_regs``, rax to r15, rip, rflags."""
+        return self._get("KVM_GET_REGS", "struct kvm_regs")
+
+    def set_regs(self, regs: Struct) -> None:
+        """KVM_SET_REGS."""
+        ioctl(self.fd, "KVM_SET_REGS", regs.cdata)
+
+    def get_sregs(self) -> Struct:
+        """KVM_GET_SREGS: ``struct kvm_sregs``, segments, tables, control registers, EFER."""
+        return self._get("KVM_GET_SREGS", "struct kvm_sregs")
+
+    def set_sregs(self, sregs: Struct) -> None:
+        """KVM_SET_SREGS. EINVAL means that the control registers contradict each other."""
+        ioctl(self.fd, "KVM_SET_SREGS", sregs.cdata, "do CR0, CR4, EFER and CS agree on one mode?")
+
+    def get_fpu(self) -> Struct:
+        """KVM_GET_FPU: x87 and SSE registers (``struct kvm_fpu``)."""
+        return self._get("KVM_GET_FPU", "struct kvm_fpu")
+
+    def get_xcrs(self) -> Struct:
+        """KVM_GET_XCRS: XCR0 (KVM_CAP_XCRS)."""
+        return self._get("KVM_GET_XCRS", "struct kvm_xcrs")
+
+    def set_xcrs(self, xcrs: Struct) -> None:
+        """KVM_SET_XCRS."""
+        ioctl(self.fd, "KVM_SET_XCRS", xcrs.cdata)
+
+    def get_vcpu_events(self) -> Struct:
+        """KVM_GET_VCPU_EVENTS: exceptions, interrupts, NMIs in flight (``struct kvm_vcpu_events``)."""
+        return self._get("KVM_GET_VCPU_EVENTS", "struct kvm_vcpu_events")
+
+    def get_mp_state(self) -> int:
+        """KVM_GET_MP_STATE: a KVM_MP_STATE_ number."""
+        return int(self._get("KVM_GET_MP_STATE", "struct kvm_mp_state").mp_state)
+
+    def get_cpuid2(self) -> Cpuid:
+        """KVM_GET_CPUID2: what KVM really gives the guest."""
+        table = flexible("struct kvm_cpuid2", "entries", 256)
+        table.nent = 256
+        ioctl(self.fd, "KVM_GET_CPUID2", table)
+        return Cpuid(table)
+
+    def set_cpuid2(self, cpuid: Cpuid) -> None:
+        """KVM_SET_CPUID2: before the first run; not every host keeps every bit (read get_cpuid2 back)."""
+        ioctl(self.fd, "KVM_SET_CPUID2", cpuid.cdata, f"{len(cpuid)} entries")
+
+    def get_msr(self, index: int) -> int:
+        """KVM_GET_MSRS for one MSR."""
+        msrs = flexible("struct kvm_msrs", "entries", 1)
+        msrs.nmsrs = 1
+        msrs.entries[0].index = index
+        if ioctl(self.fd, "KVM_GET_MSRS", msrs, f"MSR {index:#x}") != 1:
+            raise KvmError("KVM_GET_MSRS", 22, f"this host's KVM does not know MSR {index:#x}")
+        return int(msrs.entries[0].data)
+
+    def set_msr(self, index: int, value: int) -> None:
+        """KVM_SET_MSRS for one MSR."""
+        msrs = flexible("struct kvm_msrs", "entries", 1)
+        msrs.nmsrs = 1
+        msrs.entries[0].index, msrs.entries[0].data = index, value
+        if ioctl(self.fd, "KVM_SET_MSRS", msrs, f"MSR {index:#x}") != 1:
+            raise KvmError("KVM_SET_MSRS", 22, f"this host's KVM does not take {value:#x} for MSR {index:#x}")
+
+    def get_tsc_khz(self) -> int:
+        """KVM_GET_TSC_KHZ: the guest's TSC frequency in kHz (KVM_CAP_GET_TSC_KHZ)."""
+        return ioctl_value(self.fd, "KVM_GET_TSC_KHZ")
+
+    def set_guest_debug(self, debug: int | Struct) -> None:
+        """KVM_SET_GUEST_DEBUG (api.rst 4.87) with KVM_GUESTDBG_ flags, or a ``struct kvm_guest_debug`` that has debug registers too."""
+        if isinstance(debug, int):
+            flags, debug = debug, new("struct kvm_guest_debug")
+            debug.control = flags
+        ioctl(self.fd, "KVM_SET_GUEST_DEBUG", debug.cdata)
+
+    def translate(self, gva: int) -> int | None:
+        """KVM_TRANSLATE: the gpa of a gva under the current page tables, or None."""
+        translation = new("struct kvm_translation")
+        translation.linear_address = gva
+        ioctl(self.fd, "KVM_TRANSLATE", translation.cdata)
+        return int(translation.physical_address) if translation.valid else None
+
+    # --- running -----------------------------------------------------------------------------------------------------
+
+    def run(self, timeout: float | None = None) -> exits.Exit:
+        """KVM_RUN until its next exit, which comes back as an object of pykvm.exits.
+
+        ``timeout`` in seconds; when it passes, ``Intr(timed_out=True)`` comes back, and so it does after kick() or a signal.
+        EAGAIN gives ``Eagain()``. EFAULT gives ``MemoryFault`` where the kernel says what was missing, else KvmError.
+        """
+        native = self.native
+        first, interval = _nanoseconds(timeout, 0.01)
+        self._begun(lib.pykvm_run_once(native, first, interval))  # answers were stored by Exit.reply()
+        packed, native.last = native.last, _ERROR  # the caller has it: nothing is left to answer
+        if packed & 0xF == _ERROR:
+            return self.failed(packed >> 32)
+        return exits.decode(native)
+
+    def begin(self, timeout: float | None, interval: float) -> None:
+        """Bind the vCPU to this thread; a signal of ours interrupts KVM_RUN after ``timeout`` seconds, then each ``interval``."""
+        self._begun(lib.pykvm_begin(self.native, *_nanoseconds(timeout, interval)))
+
+    def _begun(self, error: int) -> None:
+        if error == -EBADF:
+            raise KvmError("KVM_RUN", EBADF, f"vCPU {self.id} is closed")
+        if error < 0:
+            raise KvmError("preparing KVM_RUN", -error, f"vCPU {self.id}: is it running in another thread?")
+
+    def failed(self, errno: int) -> exits.Exit:
+        """What an errno of KVM_RUN means, as an exit; raises KvmError for those that are errors."""
+        native = self.native
+        if errno == EINTR:
+            return exits.Intr(bool(native.was_kicked), bool(native.was_ticked))
+        if errno == EAGAIN:
+            return exits.Eagain()
+        if errno == EFAULT:
+            exit = exits.decode(native)
+            if isinstance(exit, exits.MemoryFault):
+                return exit
+            raise KvmError("KVM_RUN", errno, "the host memory behind a slot that the guest touched is not mapped or may not be accessed")
+        raise KvmError("KVM_RUN", errno, f"vCPU {self.id}")
+
+    def want_sync_regs(self) -> None:
+        """Have each exit bring the general registers in kvm_run (KVM_CAP_SYNC_REGS), where the host can: records then have RIP."""
+        if self._sync_regs & lib.KVM_SYNC_X86_REGS:
+            self.native.run.kvm_valid_regs = lib.KVM_SYNC_X86_REGS
+
+    def kick(self) -> None:
+        """From any thread: the current KVM_RUN, or else the next one, ends with ``Intr(kicked=True)``."""
+        if self.fd >= 0:
+            lib.pykvm_kick(self.native)
+
+    # --- lifetime ----------------------------------------------------------------------------------------------------
+
+    def close(self) -> None:
+        """Unmap kvm_run, then close the fd."""
+        self._close(0)
+
+    def _close(self, force: int) -> None:
+        if self.fd >= 0:
+            if lib.pykvm_unmap_run(self.native, force):
+                raise ConfigError(f"vCPU {self.id} is running in another thread: stop that run before closing")
+            fd, self.fd = self.fd, -1
+            os.close(fd)
+
+    def __enter__(self) -> VCPU:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, tb: TracebackType | None) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        self._close(1)  # nobody can be running it: a run holds a reference
+
+    def __repr__(self) -> str:
+        if self.fd < 0:
+            return f"<VCPU {self.id} closed>"
+        regs = self.get_regs()
+        return f"<VCPU {self.id} fd {self.fd} rip={regs.rip:#x} rsp={regs.rsp:#x} rflags={regs.rflags:#x}>"
+
+
+def _nanoseconds(timeout: float | None, interval: float) -> tuple[int, int]:
+    """When a session's timer fires first, 0 for never, and how often then."""
+    return (0, 0) if timeout is None else (max(1, int(min(timeout, FOREVER) * 1e9)), int(min(interval, FOREVER) * 1e9))

@@ -1,0 +1,1 @@
+"""x86: registers by their manuals' names, CPU modes, page tables."""

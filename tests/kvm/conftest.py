@@ -1,0 +1,33 @@
+"""Tests that run guests on real KVM. Without a usable /dev/kvm they are skipped with the reason."""
+
+import pytest
+
+from pykvm import KvmUnavailableError, System
+
+
+def _why_not() -> str:
+    try:
+        System().close()
+    except KvmUnavailableError as error:
+        return str(error)
+    return ""
+
+
+def pytest_collection_modifyitems(items):
+    why = _why_not()
+    if why:
+        for item in items:
+            if "tests/kvm" in str(item.fspath):
+                item.add_marker(pytest.mark.skip(reason=why))
+
+
+@pytest.fixture
+def system():
+    with System() as opened:
+        yield opened
+
+
+@pytest.fixture(params=["python", "native"])
+def loop(request):
+    """Both run loops."""
+    return request.param

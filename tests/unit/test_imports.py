@@ -1,0 +1,90 @@
+"""Imports go downward only (docs/architecture.md), and starting a guest imports nothing heavy."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pykvm
+
+PACKAGE = Path(pykvm.__file__).parent
+LEVELS = {
+    0: ["errors", "units", "platform"],
+    1: ["abi", "assemble", "console", "gallery"],
+    2: ["system", "vm", "vcpu", "memory", "exits", "exit_reason", "bus", "disasm", "symbols", "records", "cpuid"],
+    3: ["x86", "devices", "loaders"],
+    4: ["machine", "runner", "probe"],
+    5: ["debug", "bench", "hosts", "doctor"],
+    6: ["cli", "__main__"],
+}
+LEVEL = {name: level for level, names in LEVELS.items() for name in names}
+# The explainer is called by Machine when a guest has stopped; it is imported then.
+ALLOWED = {("machine", "debug"), ("records", "debug")}
+NO_KVM = {"abi", "vm", "vcpu", "system"}
+
+
+def imports(path):
+    """(top-level module below pykvm, at run time) for each import of pykvm's own modules."""
+    tree = ast.parse(path.read_text())
+    typing_only = {
+        id(inner)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING"
+        for inner in ast.walk(node)
+    }
+    for node in ast.walk(tree):
+        if id(node) in typing_only:
+            continue
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "pykvm":
+            parts = node.module.split(".")
+            if len(parts) > 1:
+                yield parts[1]
+            else:
+                yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.Import):
+            yield from (alias.name.split(".")[1] for alias in node.names if alias.name.startswith("pykvm."))
+
+
+def modules():
+    for path in sorted(PACKAGE.rglob("*.py")):
+        relative = path.relative_to(PACKAGE)
+        name = relative.parts[0].removesuffix(".py")
+        if name != "__init__":
+            yield path, name
+
+
+def test_every_module_has_a_level():
+    assert {name for _, name in modules()} <= set(LEVEL)
+
+
+def test_imports_go_downward():
+    wrong = [
+        f"{path.relative_to(PACKAGE)} imports {imported}"
+        for path, name in modules()
+        for imported in imports(path)
+        if LEVEL.get(imported, 0) > LEVEL[name] and (name, imported) not in ALLOWED
+    ]
+    assert wrong == []
+
+
+def test_devices_know_no_kvm():
+    for path, name in modules():
+        if name in ("bus", "devices"):
+            assert not NO_KVM & set(imports(path)), path
+
+
+def test_only_abi_imports_the_binding():
+    users = [p.relative_to(PACKAGE).name for p, _ in modules() if "_native" in set(imports(p))]
+    assert users == ["abi.py"]
+
+
+def test_run_imports_nothing_heavy():
+    heavy = ("numpy", "capstone", "elftools", "rich", "matplotlib", "argparse", "dataclasses", "typing", "re", "json", "subprocess")
+    code = f"import sys; import pykvm.cli.run; print([m for m in {heavy} if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-S", "-c", code], capture_output=True, text=True, env={"PYTHONPATH": ":".join(sys.path)})
+    assert done.stdout.strip() == "[]", done.stderr
+
+
+def test_no_exported_name_is_a_module_too():
+    """`import pykvm.x` would put the module in the place of the function x."""
+    assert not {name for _, name in modules()} & set(pykvm.__all__)
