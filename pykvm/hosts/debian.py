@@ -1,0 +1,99 @@
+"""The hosts' kernel: Debian's linux-image-cloud-amd64, fetched as a package, unpacked without root, kept in the cache."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from pathlib import Path
+
+from pykvm.errors import HostError
+from pykvm.hosts.cache import cache_dir, cached
+
+__all__ = ["Kernel", "fetch", "require_commands"]
+
+META_PACKAGE = "linux-image-cloud-amd64"
+
+
+class Kernel:
+    """An unpacked kernel package: ``image`` (vmlinuz) and ``modules`` (its kernel/ folder)."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        images = sorted(folder.glob("boot/vmlinuz-*"))
+        trees = sorted(folder.glob("lib/modules/*/kernel"))
+        if not images or not trees:
+            raise HostError(f"{folder} holds no kernel: remove it and run pykvm host fetch")
+        self.image, self.modules = images[-1], trees[-1]
+        self.version = self.image.name.removeprefix("vmlinuz-")
+
+    def module_order(self, names: list[str]) -> list[Path]:
+        """The .ko files of ``names`` and what they depend on, in the order to load them. Unknown ones are built in."""
+        by_name = {path.stem.replace("-", "_"): path for path in self.modules.rglob("*.ko")}
+        order: list[Path] = []
+
+        def add(name: str) -> None:
+            path = by_name.get(name.replace("-", "_"))
+            if path is None or path in order:
+                return
+            for dependency in _depends(path):
+                add(dependency)
+            order.append(path)
+
+        for name in names:
+            add(name)
+        return order
+
+    def __repr__(self) -> str:
+        return f"<Kernel {self.version} in {self.folder}>"
+
+
+def _depends(module: Path) -> list[str]:
+    """The modules that this one's .modinfo says it needs."""
+    data = module.read_bytes()
+    at = data.find(b"\0depends=")
+    if at < 0:
+        return []
+    value = data[at + 9 : data.index(b"\0", at + 9)].decode()
+    return [name for name in value.split(",") if name]
+
+
+def require_commands(packages: dict[str, str], what: str) -> None:
+    """HostError with one apt line when any command (key) is missing; values are the Debian packages that bring them."""
+    missing = sorted({package for command, package in packages.items() if shutil.which(command) is None})
+    if missing:
+        raise HostError(
+            f"{what} needs Debian packages that are not installed: sudo apt-get install --no-install-recommends {' '.join(missing)}"
+        )
+
+
+def fetch() -> Kernel:
+    """The newest kernel that apt knows, from the cache or the network. Raises HostError with what to do."""
+    kept = sorted(cache_dir().glob("linux-image-*"), key=lambda path: path.stat().st_mtime)
+    require_commands({"apt-get": "apt", "dpkg": "dpkg"}, "fetching a kernel")
+    package = _newest_package()
+    if package is None:
+        if kept:
+            return Kernel(kept[-1])
+        raise HostError(f"apt knows no {META_PACKAGE}: run sudo apt-get update, on a machine that has Debian's package lists")
+    return Kernel(cached(package, lambda folder: _download(package, folder)))
+
+
+def _newest_package() -> str | None:
+    shown = subprocess.run(["apt-cache", "depends", META_PACKAGE], capture_output=True, text=True, check=False).stdout
+    for line in shown.splitlines():
+        word, _, name = line.strip().partition(": ")
+        if word == "Depends" and name.startswith("linux-image-"):
+            return name
+    return None
+
+
+def _download(package: str, folder: Path) -> None:
+    got = subprocess.run(["apt-get", "download", package], cwd=folder, capture_output=True, text=True, check=False)
+    debs = list(folder.glob("*.deb"))
+    if got.returncode or not debs:
+        last = (got.stderr.strip().splitlines() or ["no message"])[-1]
+        raise HostError(f"apt-get download {package} failed ({last}): check the network, and run sudo apt-get update")
+    unpacked = subprocess.run(["dpkg", "-x", str(debs[0]), str(folder)], capture_output=True, text=True, check=False)
+    if unpacked.returncode:
+        raise HostError(f"{debs[0].name} cannot be unpacked: {unpacked.stderr.strip()}")
+    debs[0].unlink()
