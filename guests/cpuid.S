@@ -7,7 +7,7 @@
 .include "guest.inc"
 
 note_begin
-    .ascii "mode=long\nmemory=2M\nend=exit\nexit=0\nconsole=vendor: \n"
+    .ascii "group=cpu\nmode=long\nmemory=2M\nend=exit\nexit=0\nconsole=vendor: \n"
 note_end
 
     .code64

@@ -1,12 +1,14 @@
 # echo: reads COM1 and writes back what comes, in upper case, until a line end or Ctrl-D (0x04)
 #
+# Try: echo hello | pykvm run echo
 # Exits: IO in 0x3fd (line status, polled), IO in 0x3f8, IO out 0x3f8; IO out 0xf4.
-# See: PC16550D datasheet, section 8.6.3 (line status register). Try: echo hello | pykvm run echo
+# See: PC16550D datasheet, section 8.6.3 (line status register).
+# Exit code: 0.
 
 .include "guest.inc"
 
 note_begin
-    .ascii "mode=protected\nmemory=2M\nend=exit\nexit=0\n"
+    .ascii "group=io\nmode=protected\nmemory=2M\nend=exit\nexit=0\n"
 note_end
 
     .code32

@@ -6,7 +6,7 @@
 .include "guest.inc"
 
 note_begin
-    .ascii "mode=real\nmemory=64K\nend=halted\n"
+    .ascii "group=start\nmode=real\nmemory=64K\nend=halted\n"
 note_end
 
     .code16

@@ -1,13 +1,14 @@
 # hello: the smallest guest in 64-bit mode: a greeting on COM1, then the debug exit
 #
+# Text given with --append is printed after the greeting: RSI points at it.
 # Exits: IO out 0x3f8, one for each character; IO out 0xf4.
 # See: SDM vol. 3 section 10.8.5 (what pykvm has set up before the first instruction).
-# Text given with --append is printed after the greeting: RSI points at it.
+# Exit code: 0.
 
 .include "guest.inc"
 
 note_begin
-    .ascii "mode=long\nmemory=16M\nend=exit\nexit=0\nconsole=Hello from long mode.\n"
+    .ascii "group=start\nmode=long\nmemory=16M\nend=exit\nexit=0\nconsole=Hello from long mode.\n"
 note_end
 
     .code64

@@ -2,11 +2,12 @@
 #
 # Exits: IO out 0x3f8, one for each character; IO out 0xf4.
 # See: SDM vol. 3 section 3.2.1 (the flat model).
+# Exit code: 0.
 
 .include "guest.inc"
 
 note_begin
-    .ascii "mode=protected\nmemory=2M\nend=exit\nexit=0\nconsole=Hello from protected mode.\n"
+    .ascii "group=start\nmode=protected\nmemory=2M\nend=exit\nexit=0\nconsole=Hello from protected mode.\n"
 note_end
 
     .code32

@@ -1,12 +1,14 @@
 # hello_real: a greeting from 16-bit real mode, as a boot sector would print it
 #
+# Hosts without unrestricted guest emulate every instruction of it.
 # Exits: IO out 0x3f8, one for each character; IO out 0xf4.
-# See: SDM vol. 3 chapter 21 (8086 emulation). Hosts without unrestricted guest emulate every instruction of it.
+# See: SDM vol. 3 chapter 21 (8086 emulation).
+# Exit code: 0.
 
 .include "guest.inc"
 
 note_begin
-    .ascii "mode=real\nmemory=1M\nend=exit\nexit=0\nconsole=Hello from real mode.\n"
+    .ascii "group=start\nmode=real\nmemory=1M\nend=exit\nexit=0\nconsole=Hello from real mode.\n"
 note_end
 
     .code16

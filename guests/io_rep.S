@@ -1,12 +1,13 @@
 # io_rep: REP OUTSB and REP INSW: strings through a port
 #
 # Exits: IO out 0xe9, one or more with a count (KVM decides how many elements an exit carries); IO in 0xe0; IO out 0xf4.
-# See: SDM vol. 2, INS, OUTS, REP; api.rst 5, KVM_EXIT_IO (count). Exit code: 0, or 1 when INSW read wrong.
+# See: SDM vol. 2, INS, OUTS, REP; api.rst 5, KVM_EXIT_IO (count).
+# Exit code: 0, or 1 when INSW read wrong.
 
 .include "guest.inc"
 
 note_begin
-    .ascii "mode=protected\nmemory=2M\nend=exit\nexit=0\nconsole=one string, one instruction\n"
+    .ascii "group=io\nmode=protected\nmemory=2M\nend=exit\nexit=0\nconsole=one string, one instruction\n"
 note_end
 
     .code32

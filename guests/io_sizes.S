@@ -1,12 +1,13 @@
 # io_sizes: IN and OUT of 1, 2 and 4 bytes, to a port in DX and to one in the instruction
 #
 # Exits: IO out and IO in, sizes 1, 2 and 4, on the scratch ports 0xe0 to 0xe7; IO out 0xf4.
-# See: SDM vol. 2, IN and OUT. Exit code: 0, or the size that came back wrong.
+# See: SDM vol. 2, IN and OUT.
+# Exit code: 0, or the size that came back wrong.
 
 .include "guest.inc"
 
 note_begin
-    .ascii "mode=protected\nmemory=2M\nend=exit\nexit=0\n"
+    .ascii "group=io\nmode=protected\nmemory=2M\nend=exit\nexit=0\n"
 note_end
 
     .code32

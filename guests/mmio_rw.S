@@ -1,12 +1,13 @@
 # mmio_rw: writes and reads of 1, 2, 4 and 8 bytes to memory that is not there
 #
 # Exits: MMIO write and MMIO read, each size, at 0xd0000000 (the scratch page); IO out 0xf4.
-# See: api.rst 5, KVM_EXIT_MMIO; SDM vol. 3 section 29.3.3 (EPT violations). Exit code: 0, or the size that came back wrong.
+# See: api.rst 5, KVM_EXIT_MMIO; SDM vol. 3 section 29.3.3 (EPT violations).
+# Exit code: 0, or the size that came back wrong.
 
 .include "guest.inc"
 
 note_begin
-    .ascii "mode=long\nmemory=2M\nend=exit\nexit=0\n"
+    .ascii "group=memory\nmode=long\nmemory=2M\nend=exit\nexit=0\n"
 note_end
 
     .code64

@@ -1,12 +1,13 @@
 # mmio_straddle: one 8-byte access, half of it on a device's last bytes, half beyond: KVM makes two exits of it
 #
 # Exits: MMIO write and MMIO read, 4 bytes each, at 0xd0000ffc (claimed) and 0xd0001000 (nobody's); IO out 0xf4.
-# See: api.rst 5, KVM_EXIT_MMIO (len is at most 8, and an access is split at a page). Exit code: 0, 1 low or 2 high half wrong.
+# See: api.rst 5, KVM_EXIT_MMIO (len is at most 8, and an access is split at a page).
+# Exit code: 0, 1 low or 2 high half wrong.
 
 .include "guest.inc"
 
 note_begin
-    .ascii "mode=long\nmemory=2M\nend=exit\nexit=0\n"
+    .ascii "group=memory\nmode=long\nmemory=2M\nend=exit\nexit=0\n"
 note_end
 
     .code64

@@ -7,26 +7,16 @@
 .include "guest.inc"
 
 note_begin
-    .ascii "mode=long\nmemory=2M\nend=exit\nexit=0\nconsole=two page faults, both as expected\n"
+    .ascii "group=exceptions\nmode=long\nmemory=2M\nend=exit\nexit=0\nconsole=two page faults, both as expected\n"
 note_end
 
-.set HOLE,    0x5000000000      # mapped by nothing
-.set VECTOR,  14
-.set CODE64,  0x10
+.set HOLE, 0x5000000000      # mapped by nothing
 
     .code64
     .text
     .globl _start
 _start:
-    lea rax, [rip + handler]    # an interrupt gate: offset in three parts
-    lea rdi, [rip + idt + VECTOR * 16]
-    mov [rdi], ax
-    mov word ptr [rdi + 2], CODE64
-    mov word ptr [rdi + 4], 0x8e00
-    shr rax, 16
-    mov [rdi + 6], ax
-    shr rax, 16
-    mov [rdi + 8], eax
+    gate 14, handler
     lidt [rip + idtr]
 
     movabs rbx, HOLE + 0x123
@@ -71,14 +61,6 @@ wrong_code:
     hlt
 
 define_puts
+define_idt 15
 
 text: .asciz "two page faults, both as expected\n"
-
-    .data
-    .balign 8
-idtr: .word 15 * 16 - 1
-      .quad idt
-
-    .bss
-    .balign 16
-idt:  .skip 15 * 16

@@ -1,12 +1,13 @@
 # rom_write: a read-only memslot: reads never exit, a write exits as MMIO and changes nothing
 #
 # Exits: MMIO write at 0xc0100000; IO out 0xf4.
-# See: api.rst 4.35, KVM_MEM_READONLY. Exit code: 0, or 1 when the write went through.
+# See: api.rst 4.35, KVM_MEM_READONLY.
+# Exit code: 0, or 1 when the write went through.
 
 .include "guest.inc"
 
 note_begin
-    .ascii "mode=long\nmemory=2M\nrom=0xc0100000:4K\nend=exit\nexit=0\n"
+    .ascii "group=memory\nmode=long\nmemory=2M\nrom=0xc0100000:4K\nend=exit\nexit=0\n"
 note_end
 
 .set ROM, 0xc0100000

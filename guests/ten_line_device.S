@@ -1,12 +1,13 @@
 # ten_line_device: talks to the device of the README, a doubler at port 0x200: write a number, read it back doubled
 #
 # Exits: IO out 0x200, IO in 0x200; IO out 0xf4.
-# Exit code: 42, what the device makes of 21. Without the device a message and code 1: see "A device" in the README.
+# See: "A device" in the README; api.rst 5, KVM_EXIT_IO.
+# Exit code: 42, what the device makes of 21; 1, with a message, without the device.
 
 .include "guest.inc"
 
 note_begin
-    .ascii "mode=protected\nmemory=2M\nend=exit\nexit=42\n"
+    .ascii "group=io\nmode=protected\nmemory=2M\nend=exit\nexit=42\n"
 note_end
 
     .code32

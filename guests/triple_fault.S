@@ -6,7 +6,7 @@
 .include "guest.inc"
 
 note_begin
-    .ascii "mode=long\nmemory=2M\nend=crash\n"
+    .ascii "group=exceptions\nmode=long\nmemory=2M\nend=crash\n"
 note_end
 
     .code64

@@ -7,7 +7,7 @@
 .include "guest.inc"
 
 note_begin
-    .ascii "mode=user\nmemory=4M\nend=exit\nexit=0\nconsole=SSE2 ok\n"
+    .ascii "group=cpu\nmode=user\nmemory=4M\nend=exit\nexit=0\nconsole=SSE2 ok\n"
 note_end
 
     .code64
