@@ -9,6 +9,20 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
+# A note's group= and what the guests of it are about, in the order of the list.
+GROUPS = {
+    "start": "starting and stopping, one guest for each CPU mode",
+    "io": "ports, and devices behind them",
+    "memory": "RAM, read-only memory, MMIO and page tables",
+    "exceptions": "faults, handled by the guest or by nobody",
+    "interrupts": "interrupt controllers, routes, injection",
+    "time": "clocks and timers",
+    "smp": "more than one vCPU",
+    "cpu": "CPUID, registers, extensions",
+    "msr": "model-specific registers and hypercalls",
+    "nested": "a hypervisor as the guest",
+}
+
 COMMAND = Command(
     "guests",
     "[NAME]",
@@ -32,10 +46,16 @@ def main(argv: list[str]) -> int:
         for key, value in chosen[0]["note"].items():
             print(f"# {key}={value}")
     else:
-        width = max(len(guest["name"]) for guest in chosen)
+        width = max((len(guest["name"]) for guest in chosen), default=0)
+        by_group: dict[str, list[dict[str, Any]]] = {}
         for guest in chosen:
-            print(f"{guest['name']:<{width}}  {guest['note'].get('mode', '?'):<9}  {guest['shows']}")
-        print("\npykvm run NAME runs one, pykvm guests NAME shows its source")
+            by_group.setdefault(guest["note"].get("group", ""), []).append(guest)
+        for group in sorted(by_group, key=lambda g: list(GROUPS).index(g) if g in GROUPS else len(GROUPS)):
+            print(f"{group or 'other'}: {GROUPS.get(group, 'guests of no group')}")
+            for guest in by_group[group]:
+                needs = guest["note"].get("needs")
+                print(f"  {guest['name']:<{width}}  {guest['note'].get('mode', '?'):<9}  {guest['shows']}{f' [{needs}]' if needs else ''}")
+        print("\npykvm run NAME runs one, pykvm guests NAME shows its source; [in brackets]: what the host must offer")
     return 0
 
 
