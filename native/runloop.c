@@ -630,8 +630,8 @@ static inline uint64_t run_on(struct pykvm_vcpu *v)
 	}
 	v->reply_size = 0;
 	v->last = v->kicked & PYKVM_KICKED_ITSELF ? interrupted(v) : step(v);
-	if (v->appended) {
-		/* What the guest wrote before comes first: Python empties the sinks, then asks again. */
+	if (v->appended || (v->coalesced && v->coalesced->first != v->coalesced->last)) {
+		/* What the guest wrote before comes first: Python empties sinks and ring, then asks again. */
 		v->appended = 0;
 		if (v->last != PYKVM_DRAIN) {
 			v->stash = v->last;

@@ -103,6 +103,7 @@ struct pykvm_vcpu {
 	uint64_t stash;			/* an exit that waits until Python has emptied the sinks ... */
 	uint32_t stashed;		/* ... if there is one */
 	uint32_t appended;		/* a sink has bytes that Python has not seen */
+	struct kvm_coalesced_mmio_ring *coalesced;	/* NULL until a device asks for it; KVM fills it, Python empties it */
 	uint32_t reply_size;		/* bytes the next reply has, 0: none is due */
 	uint8_t *reply_at;
 	uint32_t native;		/* may the table's actions be carried out here? */

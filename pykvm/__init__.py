@@ -66,9 +66,9 @@ if TYPE_CHECKING:
     from pykvm.exits import WrMsr as WrMsr
     from pykvm.exits import Xen as Xen
     from pykvm.machine import Machine as Machine
-    from pykvm.machine import Result as Result
     from pykvm.memory import GuestMemory as GuestMemory
     from pykvm.memory import MemSlot as MemSlot
+    from pykvm.result import Result as Result
     from pykvm.system import System as System
     from pykvm.vcpu import VCPU as VCPU
     from pykvm.vm import VM as VM
@@ -85,7 +85,8 @@ _HOME = {
     "pykvm.exits": "ApResetHold BusLock Debug DirtyRingFull Eagain ExceptionExit Exit FailEntry Hlt Hypercall Hyperv InternalError "
     "Intr IoIn IoOut IoapicEoi IrqWindowOpen MemoryFault MmioRead MmioWrite Nmi Notify RdMsr SetTpr Shutdown SnpReqCerts "
     "SystemEvent Tdx TprAccess UnknownExit UnknownHardwareExit WrMsr Xen",
-    "pykvm.machine": "Machine Result",
+    "pykvm.machine": "Machine",
+    "pykvm.result": "Result",
     "pykvm.memory": "GuestMemory MemSlot",
     "pykvm.system": "System",
     "pykvm.vcpu": "VCPU",

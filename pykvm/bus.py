@@ -68,12 +68,16 @@ Native.IGNORE = Native("constant", (1 << 64) - 1)
 
 
 class Range:
-    """``length`` ports or bytes from ``base`` that belong to ``device``; ``read`` and ``write`` are its bound methods."""
+    """``length`` ports or bytes from ``base`` that belong to ``device``; ``read`` and ``write`` are its bound methods.
 
-    __slots__ = ("base", "device", "length", "name", "native", "read", "write")
+    ``undo``: what whoever registered it has to do when it goes.
+    """
+
+    __slots__ = ("base", "device", "length", "name", "native", "read", "undo", "write")
 
     def __init__(self, base: int, length: int, device: Device, name: str, native: Native | None) -> None:
         self.base, self.length, self.device, self.name, self.native = base, length, device, name, native
+        self.undo: list[Callable[[], object]] = []
         self.read: Callable[[int, int], int] = getattr(device, "read", _all_ones)
         self.write: Callable[[int, int, int], object] = getattr(device, "write", _ignore)
 

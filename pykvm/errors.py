@@ -9,7 +9,7 @@ import os
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from pykvm.machine import Result
+    from pykvm.result import Result
 
 __all__ = [
     "AsmError",

@@ -1,4 +1,4 @@
-"""A whole machine: RAM, one vCPU, the platform's devices and an image, wired together.
+"""A whole machine: RAM, vCPUs, an irqchip, the platform's devices and an image, wired together.
 
 >>> with pykvm.Machine("hello") as m:
 ...     r = m.run(timeout=5)
@@ -8,14 +8,17 @@
 from __future__ import annotations
 
 import os
+from _thread import RLock
 
 from pykvm import gallery
 from pykvm.bus import Bus, Native
 from pykvm.console import Console
 from pykvm.devices.debugconsole import DebugConsole
 from pykvm.devices.debugexit import DebugExit
+from pykvm.devices.exceptionreport import ExceptionReport
 from pykvm.devices.post import PostPort
 from pykvm.devices.reset import KeyboardController, ResetControl
+from pykvm.devices.rom import Rom
 from pykvm.devices.rtc import Rtc
 from pykvm.devices.scratch import Scratch
 from pykvm.devices.uart16550 import Uart16550
@@ -25,9 +28,13 @@ from pykvm.memory import GuestMemory
 from pykvm.platform import (
     CMDLINE_GPA,
     COM1,
+    COM1_GSI,
     DEBUG_CONSOLE,
     DEBUG_EXIT,
     EXCEPTION_REPORT,
+    HYPERCALL_GPA,
+    HYPERCALL_PORT,
+    IOAPIC_GPA,
     KBD_DATA,
     POST,
     RESET_CONTROL,
@@ -35,7 +42,9 @@ from pykvm.platform import (
     SCRATCH_GPA,
     SCRATCH_PORT,
 )
-from pykvm.runner import Runner, Stop
+from pykvm.result import Result
+from pykvm.runner import WATCHFUL, Runner, Stop
+from pykvm.smp import VcpuGroup
 from pykvm.system import System
 from pykvm.units import PAGE_SIZE, parse_address, parse_size
 from pykvm.x86.modes import mode_named
@@ -46,76 +55,39 @@ if TYPE_CHECKING:
     from types import TracebackType
     from typing import Any, Literal
 
-    from pykvm.bus import Device, Range
+    from pykvm.bus import Device, Range, Space
+    from pykvm.cpuid import Cpuid
+    from pykvm.devices.ioapic import Ioapic
+    from pykvm.irq import EventFd, IrqLine
     from pykvm.memory import MemSlot
-    from pykvm.records import RecordRing, StatRow
+    from pykvm.msrs import MsrHandlers
+    from pykvm.records import RecordRing, StatRow, Stats
+    from pykvm.services import Services
     from pykvm.symbols import Symbols
+    from pykvm.vcpu import VCPU
 
 __all__ = ["Machine", "Result"]
 
 DEFAULT_MEMORY = "16M"
-
-
-class Result:
-    """What a run gave.
-
-    ``reason``: "halted" (HLT), "exit" (debug exit), "reset", "stopped" (stop() was called) or "timeout".
-    ``exit_code``: the debug exit's value, 0 when the guest halted, else None.
-    ``console``: what the guest has printed so far. ``exits``: exits by reason since the machine was made.
-    ``unclaimed``: accesses that no device claimed, (space, address, size, is_write) to their number.
-    ``stats``: with ``stats=True``, a row for each kind of exit (records.StatRow), else None.
-    ``explanation``: where and why the guest was stopped by the time limit, else an empty string.
-    """
-
-    __slots__ = ("_counts", "console", "exit_code", "explanation", "reason", "stats", "unclaimed")
-
-    def __init__(self, machine: Machine, stop: Stop) -> None:
-        self.reason = stop.reason
-        self.exit_code = stop.code if stop.reason == "exit" else 0 if stop.reason == "halted" else None
-        self.console = machine.console.text
-        self._counts = machine.exit_counts()
-        self.unclaimed = dict(machine.bus.unclaimed)
-        self.stats: list[StatRow] | None = machine.stats_rows()
-        self.explanation = ""
-
-    @property
-    def exits(self) -> dict[str, int]:
-        """Exits by KVM's reason, e.g. {"IO": 23, "HLT": 1}; most frequent first."""
-        from pykvm.exit_reason import reason_name
-
-        return {reason_name(r): n for r, n in sorted(self._counts.items(), key=lambda item: -item[1])}
-
-    def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
-        return {
-            "reason": self.reason,
-            "exit_code": self.exit_code,
-            "console": self.console,
-            "exits": self.exits,
-            "unclaimed": [
-                {"space": space, "address": at, "size": size, "direction": "write" if is_write else "read", "count": n}
-                for (space, at, size, is_write), n in self.unclaimed.items()
-            ],
-            "stats": None if self.stats is None else [row.as_dict() for row in self.stats],
-            "explanation": self.explanation or None,
-        }
-
-    def __repr__(self) -> str:
-        code = f" code={self.exit_code}" if self.exit_code is not None else ""
-        return f"<Result {self.reason}{code}, {sum(self._counts.values())} exits, {len(self.console)} characters>"
+IRQCHIPS = ("none", "kernel", "split")
+MAX_CPUS = 254  # 8-bit APIC ids, less the broadcast and the IOAPIC's
 
 
 class Machine:
-    """A guest with one vCPU, a context manager.
+    """A guest, a context manager.
 
     ``image``: the name of a gallery guest, a path (anything with a ``/`` or a file that exists), or the bytes of an image.
     ``memory``: bytes or "16M"; by default what the image's note asks for. ``mode``: "auto", "real", "protected", "long", "user".
     ``backing``: where RAM comes from (GuestMemory.add): "anonymous", "memfd" or "hugetlb".
     ``entry``: gpa to start at instead of the image's own. ``append``: a command line, which RSI points at.
+    ``cpus``: vCPUs; those after the first wait for INIT and SIPI. ``pin``: each on a host CPU of its own. ``irqchip``: "none", "kernel"
+    (PIC, IOAPIC, LAPICs and PIT in KVM) or "split" (LAPICs in KVM, the IOAPIC here); what the note asks for, else none, but with several
+    vCPUs "kernel". ``cpu``: a CPU model (x86.cpumodel.CpuModel.parse), by default all that KVM offers.
     ``loop``: "native" or "python". ``stats``: record every exit. ``strict``: an access that nobody claims is a crash.
     ``on_output``: called with bytes as the guest prints; ``poll_input``: called for console input, returns bytes.
 
-    The parts are attributes: ``system``, ``vm``, ``vcpu``, ``memory``, ``bus``, ``uart``, ``console``, ``post``, ``rtc``, ``info``.
+    The parts are attributes: ``system``, ``vm``, ``vcpus``, ``vcpu`` (the first), ``memory``, ``bus``,
+    ``uart``, ``console``, ``post``, ``rtc``, ``info``.
     Raises GuestImageError, ConfigError, KvmUnavailableError, KvmError.
     """
 
@@ -128,6 +100,10 @@ class Machine:
         mode: str = "auto",
         entry: int | None = None,
         append: str = "",
+        cpus: int | None = None,
+        pin: bool = False,
+        irqchip: Literal["none", "kernel", "split"] | None = None,
+        cpu: str | None = None,
         loop: str = "native",
         stats: bool = False,
         strict: bool = False,
@@ -136,38 +112,99 @@ class Machine:
         system: System | None = None,
     ) -> None:
         self._closed = False
-        self._ring: RecordRing | None = None
+        self._stats: Stats | None = None
+        self._services: Services | None = None
+        self._clock: int | None = None
+        self.msrs: MsrHandlers | None = None
+        self.ioapic: Ioapic | None = None
         self.data, path = _read_image(image)
         self.info = peek(self.data, path, mode)
+        note = self.info.note
         self.strict = strict
-        size = parse_size(memory if memory is not None else self.info.note.get("memory", DEFAULT_MEMORY))
+        size = parse_size(memory if memory is not None else note.get("memory", DEFAULT_MEMORY))
         _check_memory_size(size)
         start_mode = mode_named(self.info.mode)
+        self.cpus = _check_cpus(int(note.get("cpus", "1")) if cpus is None else cpus)
+        chip = irqchip or note.get("irqchip") or ("none" if self.cpus == 1 else "kernel")
+        _check_irqchip(chip, self.cpus)
         self._own_system = system is None
         self.system = System() if system is None else system
         self.memory = GuestMemory()
         try:
             self.memory = GuestMemory.of_size(size, backing)
             self.vm = self.system.create_vm()
+            self._add_irqchip(chip)
             self.vm.add_memory(self.memory)
             self.boot = load(self.info, self.data, self.memory, entry)
             self._write_command_line(append)
-            self.vcpu = self.vm.create_vcpu()
-            self.vcpu.set_cpuid2(self.system.get_supported_cpuid().as_guest())
+            self._add_vcpus(cpu or note.get("cpu"))
             start_mode.apply(self.vcpu, self.memory, self.boot.entry, self.boot.registers)
             self.console = Console(on_output=on_output)
             self.bus = Bus()
             self._add_platform(poll_input)
             self._add_rom()
-            if stats:
-                self._enable_stats()
-            self.runner = Runner(self.vcpu, self.bus, loop, self._ring)
-            self.runner.on_records = self._take_records
+            self._add_runners(loop, stats, pin)
+            if note.get("hypercalls") == "yes":
+                self._add_services()
         except BaseException:
             self.close()
             raise
 
     # --- wiring ------------------------------------------------------------------------------------------------------
+
+    def _add_irqchip(self, chip: str) -> None:
+        if chip == "kernel":
+            self.vm.create_irqchip()
+            self.vm.create_pit2()
+        elif chip == "split":
+            from pykvm.devices.ioapic import Ioapic
+            from pykvm.irq import Route
+
+            self.vm.create_split_irqchip()
+            self.ioapic = Ioapic(
+                self.vm.signal_msi, lambda entries: self.vm.set_gsi_routing(Route.to_msi(pin, *message) for pin, message in entries.items())
+            )
+
+    def _add_vcpus(self, cpu: str | None) -> None:
+        for id in range(self.cpus):
+            vcpu = self.vm.create_vcpu(id)
+            vcpu.set_cpuid2(self._cpuid(cpu, id))
+        self.vcpus: list[VCPU] = self.vm.vcpus
+        self.vcpu = self.vcpus[0]
+
+    def _cpuid(self, cpu: str | None, id: int) -> Cpuid:
+        return self.system.get_supported_cpuid().as_guest()
+
+    def _add_runners(self, loop: str, stats: bool, pin: bool) -> None:
+        """One for each vCPU; what they share is the bus and, where there are several, a lock."""
+        if stats:
+            self._enable_stats()
+        lock = RLock() if self.cpus > 1 else None
+        self.runners = [Runner(vcpu, self.bus, loop, self._new_ring(), lock) for vcpu in self.vcpus]
+        self.runner = self.runners[0]
+        in_kernel = self.vm.irqchip != "none"
+        for runner in self.runners:
+            runner.on_records = self._take_records
+            if in_kernel:
+                runner.heartbeat = WATCHFUL
+            if self.ioapic is not None:
+                runner.on_eoi = self.ioapic.eoi
+        self.bus.on_change = self._on_bus_change
+        self.group = VcpuGroup(self.runners, watch_idle=in_kernel, pin=pin)
+
+    def _on_bus_change(self) -> None:
+        for runner in self.runners:
+            runner.sync_table()
+
+    def _add_services(self) -> None:
+        from pykvm.devices.hypercall import LENGTH, HypercallPort
+        from pykvm.services import Services
+
+        self._services = Services(self)
+        port = HypercallPort(self._services.call)
+        self.bus.pio.add(HYPERCALL_PORT, LENGTH, port)
+        self.bus.mmio.add(HYPERCALL_GPA, LENGTH, port)
+        self.on_hypercall(self._services.call)
 
     def _write_command_line(self, text: str) -> None:
         if not text:
@@ -182,7 +219,8 @@ class Machine:
 
     def _add_platform(self, poll_input: Callable[[], bytes] | None) -> None:
         pio = self.bus.pio
-        self.uart = Uart16550(self.console.extend, poll=poll_input)
+        irq = None if self.vm.irqchip == "none" else self.irq(COM1_GSI).set
+        self.uart = Uart16550(self.console.extend, irq, poll=poll_input)
         self.post = PostPort()
         self.rtc = Rtc(memory=self.memory.size)
         pio.add(COM1, 8, self.uart)
@@ -193,8 +231,10 @@ class Machine:
         pio.add(RESET_CONTROL, 1, ResetControl(self.stop))
         pio.add(KBD_DATA, 5, KeyboardController(self.stop))
         pio.add(SCRATCH_PORT, 8, Scratch(8))
-        pio.add(EXCEPTION_REPORT, 4, _ExceptionReport(self))
+        pio.add(EXCEPTION_REPORT, 4, ExceptionReport(self.stop))
         self.bus.mmio.add(SCRATCH_GPA, PAGE_SIZE, Scratch(PAGE_SIZE))
+        if self.ioapic is not None:
+            self.bus.mmio.add(IOAPIC_GPA, PAGE_SIZE, self.ioapic)
         if self.strict:
             self.bus.on_unclaimed = lambda space, at, size, is_write, value: self.stop("crash")
 
@@ -207,24 +247,61 @@ class Machine:
                 slot = self.add_memory(parse_address(gpa), parse_size(size), readonly=True)
             except ConfigError as error:
                 raise GuestImageError(self.info.path, None, f"the rom that its pykvm note asks for: {error}") from None
-            self.bus.mmio.add(slot.gpa, slot.size, _Rom(), native=Native.IGNORE)
+            self.bus.mmio.add(slot.gpa, slot.size, Rom(), native=Native.IGNORE)
 
-    def add_device(self, device: Device, *, port: int | None = None, gpa: int | None = None, length: int = 1, **options: Any) -> Range:
+    def add_device(
+        self,
+        device: Device,
+        *,
+        port: int | None = None,
+        gpa: int | None = None,
+        length: int = 1,
+        eventfd: EventFd | None = None,
+        datamatch: int | None = None,
+        coalesced: bool = False,
+        **options: Any,
+    ) -> Range:
         """Register a device of your own at an I/O ``port`` or at a ``gpa``, for ``length`` ports or bytes.
 
-        Raises DeviceOverlapError, and ConfigError when it lies inside RAM, where it would never be asked.
+        ``eventfd``: a write of ``length`` bytes at its base (of the value ``datamatch``, when given) signals it and does not exit; what
+        else the guest does there reaches the device. ``coalesced``: writes wait in the kernel until the guest exits for another reason, and
+        reach the device before that exit is handled, in the guest's order.
+        Raises DeviceOverlapError, CapabilityError, and ConfigError when it lies inside RAM, where it would never be asked.
         """
         if (port is None) == (gpa is None):
             raise ConfigError("give a device either port= or gpa=")
-        if port is not None:
-            return self.bus.pio.add(port, length, device, **options)
-        assert gpa is not None
+        space: Space = self.bus.mmio if port is None else self.bus.pio
+        at: int = gpa if port is None else port  # type: ignore[assignment]
+        if port is None:
+            self._check_outside_ram(at, length)
+        claimed = space.add(at, length, device, **options)
+        try:
+            if eventfd is not None:
+                self.vm.ioeventfd(space.name, at, length, eventfd.fd, datamatch)
+                claimed.undo.append(lambda: self.vm.ioeventfd(space.name, at, length, eventfd.fd, datamatch, remove=True))
+            if coalesced:
+                self.vm.coalesce(space.name, at, length)
+                claimed.undo.append(lambda: self.vm.coalesce(space.name, at, length, remove=True))
+                for vcpu in self.vcpus:
+                    vcpu.want_coalesced()
+        except BaseException:
+            self.remove_device(claimed)
+            raise
+        return claimed
+
+    def remove_device(self, claimed: Range) -> None:
+        """Take back what add_device() returned."""
+        for undo in reversed(claimed.undo):
+            undo()
+        claimed.undo.clear()
+        (self.bus.pio if claimed in self.bus.pio.ranges else self.bus.mmio).remove(claimed)
+
+    def _check_outside_ram(self, gpa: int, length: int) -> None:
         for slot in self.memory.slots:
             if gpa < slot.gpa + slot.size and slot.gpa < gpa + length and not slot.readonly:
                 raise ConfigError(
                     f"gpa {gpa:#x} is inside {slot!r}: an access there never exits; choose one outside RAM, such as 0xd0000000"
                 )
-        return self.bus.mmio.add(gpa, length, device, **options)
 
     def add_memory(self, gpa: int, size: int, **options: Any) -> MemSlot:
         """One more memory slot (GuestMemory.add), given to KVM at once: ROM with ``readonly=True``, shared files, ..."""
@@ -235,6 +312,71 @@ class Machine:
             self.memory.remove(slot)
             raise
         return slot
+
+    def move_slot(self, slot: MemSlot) -> MemSlot:
+        """Give a slot other host memory with the same content (GuestMemory.replace); the guest cannot tell. No vCPU may be in the guest."""
+        if self.cpus > 1 and not self.group.paused:
+            raise ConfigError("other vCPUs may be using the slot: pause() the machine first")
+        new = self.memory.replace(slot)
+        self.vm.remove_slot(new)
+        self.vm.add_slot(new)
+        return new
+
+    # --- interrupts, hypercalls, MSRs --------------------------------------------------------------------------------
+
+    def irq(self, gsi: int) -> IrqLine:
+        """The line of a GSI; its ``set`` is what a device takes as its ``irq`` callable. Raises ConfigError without an irqchip."""
+        from pykvm.irq import IOAPIC_PINS, IrqLine
+
+        if self.vm.irqchip == "none":
+            raise ConfigError("this machine has no irqchip: make it with irqchip='kernel' or 'split', or use interrupt(vector)")
+        if not 0 <= gsi < IOAPIC_PINS:
+            raise ConfigError(f"the irqchip has GSIs 0 to {IOAPIC_PINS - 1}, not {gsi}")
+        if self.ioapic is not None:
+            ioapic = self.ioapic
+            return IrqLine(gsi, lambda level: ioapic.set_line(gsi, level))
+        return IrqLine(gsi, lambda level: self.vm.irq_line(gsi, level))
+
+    def interrupt(self, vector: int, cpu: int = 0) -> None:
+        """Without an irqchip: deliver ``vector`` as soon as the vCPU can take it. From any thread; several wait in line."""
+        if self.vm.irqchip != "none":
+            raise ConfigError("with an irqchip, interrupts come through it: use irq(gsi) or vm.signal_msi()")
+        self._runner(cpu).interrupt(vector)
+
+    def nmi(self, cpu: int = 0) -> None:
+        """A non-maskable interrupt. From any thread (KVM_CAP_USER_NMI)."""
+        runner = self._runner(cpu)
+        runner.post(runner.vcpu.nmi)
+
+    def inject_exception(self, vector: int, error_code: int | None = None, cpu: int = 0) -> None:
+        """The guest takes an exception before its next instruction. From any thread."""
+        if not 0 <= vector < 32:
+            raise ConfigError(f"exceptions have vectors 0 to 31, not {vector}")
+        runner = self._runner(cpu)
+        runner.post(lambda: runner.vcpu.inject_exception(vector, error_code))
+
+    def _runner(self, cpu: int) -> Runner:
+        if not 0 <= cpu < self.cpus:
+            raise ConfigError(f"this machine has vCPUs 0 to {self.cpus - 1}, not {cpu}")
+        return self.runners[cpu]
+
+    def on_hypercall(self, call: Callable[[int, tuple[int, ...]], int]) -> None:
+        """``call(number, arguments)`` answers the hypercalls that KVM passes on, where it can (KVM_CAP_EXIT_HYPERCALL)."""
+        for runner in self.runners:
+            runner.on_hypercall = call
+        mask = self.vm.check_extension("KVM_CAP_EXIT_HYPERCALL")
+        if mask:
+            self.vm.enable_cap("KVM_CAP_EXIT_HYPERCALL", mask)
+
+    def on_msr(self, index: int, read: Callable[[], int | None] | None = None, write: Callable[[int], object] | None = None) -> None:
+        """Answer an MSR here: ``read()`` gives its value, ``write(value)`` takes one; without them the guest gets #GP (msrs.py)."""
+        from pykvm.msrs import MsrHandlers
+
+        if self.msrs is None:
+            self.msrs = MsrHandlers(self.vm)
+            for runner in self.runners:
+                runner.msrs = self.msrs
+        self.msrs.on(index, read, write)
 
     # --- running -----------------------------------------------------------------------------------------------------
 
@@ -247,7 +389,11 @@ class Machine:
             raise ConfigError(f"a time limit of {timeout} seconds: give a positive number, or None for no limit")
         if self._closed:
             raise ConfigError("the machine is closed")
-        stop = self.runner.run(timeout)
+        self._thaw_clock()
+        try:
+            stop = self.group.run(timeout)
+        finally:
+            self._freeze_clock()
         result = Result(self, stop)
         if stop.reason in ("crash", "timeout"):
             from pykvm.debug.explain import explain_stop
@@ -263,11 +409,35 @@ class Machine:
 
     def stop(self, reason: str = "stopped", code: int | None = None) -> None:
         """End the run, from a device or another thread; ``reason`` becomes the result's."""
-        self.runner.stop(reason, code)
+        self.group.stop(reason, code)
+
+    def pause(self) -> None:
+        """From another thread: the vCPUs leave the guest and wait until resume(); kvmclock and the run's time limit wait too."""
+        self.group.pause()
+        self._freeze_clock()
+
+    def resume(self) -> None:
+        """Go on after pause()."""
+        self._thaw_clock()
+        self.group.resume()
+
+    def _freeze_clock(self) -> None:
+        if self.vm.irqchip != "none":
+            self._clock = int(self.vm.get_clock().clock)
+
+    def _thaw_clock(self) -> None:
+        if self._clock is not None:
+            self.vm.set_clock(self._clock)
+            self._clock = None
 
     def exit_counts(self) -> dict[int, int]:
-        """Exits by number of their reason."""
-        return {reason: n for reason, n in enumerate(self.vcpu.native.counts) if n}
+        """Exits of all vCPUs, by number of their reason."""
+        counts: dict[int, int] = {}
+        for vcpu in self.vcpus:
+            for reason, n in enumerate(vcpu.native.counts):
+                if n:
+                    counts[reason] = counts.get(reason, 0) + n
+        return counts
 
     def insn_rip(self) -> int | None:
         """The linear address of the instruction that made the last exit, wherever this host's KVM has left RIP; None when unknown."""
@@ -286,19 +456,26 @@ class Machine:
     # --- records -----------------------------------------------------------------------------------------------------
 
     def _enable_stats(self) -> None:
-        from pykvm.records import RecordRing, Stats
+        from pykvm.records import Stats
 
-        self._ring = RecordRing()
         khz = self.vcpu.get_tsc_khz() if self.system.check_extension("KVM_CAP_GET_TSC_KHZ") else 0
         self._stats = Stats(khz)
 
+    def _new_ring(self) -> RecordRing | None:
+        if self._stats is None:
+            return None
+        from pykvm.records import RecordRing
+
+        return RecordRing()
+
     def _take_records(self, ring: RecordRing) -> None:
+        assert self._stats is not None
         for record in ring.drain():
             self._stats.add(record)
 
     def stats_rows(self) -> list[StatRow] | None:
         """The rows of ``--stats``, or None without ``stats=True``."""
-        return None if self._ring is None else self._stats.rows
+        return None if self._stats is None else self._stats.rows
 
     # --- lifetime ----------------------------------------------------------------------------------------------------
 
@@ -307,6 +484,8 @@ class Machine:
         self._closed = True
         if hasattr(self, "vm"):
             self.vm.close()
+        if self._services is not None:
+            self._services.close()
         self.memory.close()
         if self._own_system:
             self.system.close()
@@ -323,27 +502,6 @@ class Machine:
         return f"<Machine {name}: {self.info.mode} mode, {self.memory!r}, {state}>"
 
 
-class _Rom:
-    """A write to a read-only slot vanishes. Reads do not come here."""
-
-    name = "ROM"
-
-    def write(self, offset: int, size: int, value: int) -> None:
-        pass
-
-
-class _ExceptionReport:
-    """The port that user mode's minimal kernel writes an exception's vector to: the run ends, explained."""
-
-    name = "exception report"
-
-    def __init__(self, machine: Machine) -> None:
-        self.machine = machine
-
-    def write(self, offset: int, size: int, value: int) -> None:
-        self.machine.stop("crash", value)
-
-
 def _read_image(image: str | os.PathLike[str] | bytes) -> tuple[bytes, str]:
     if isinstance(image, bytes):
         return image, "image"
@@ -354,6 +512,19 @@ def _read_image(image: str | os.PathLike[str] | bytes) -> tuple[bytes, str]:
             return file.read(), path
     except OSError as error:
         raise GuestImageError(path, None, f"cannot be read: {error.strerror}") from None
+
+
+def _check_cpus(cpus: int) -> int:
+    if not 1 <= cpus <= MAX_CPUS:
+        raise ConfigError(f"{cpus} vCPUs: a machine has 1 to {MAX_CPUS}")
+    return cpus
+
+
+def _check_irqchip(chip: str, cpus: int) -> None:
+    if chip not in IRQCHIPS:
+        raise ConfigError(f"unknown irqchip {chip!r}: use one of {', '.join(IRQCHIPS)}")
+    if chip == "none" and cpus > 1:
+        raise ConfigError(f"{cpus} vCPUs need LAPICs to start each other: use irqchip kernel or split")
 
 
 def _check_memory_size(size: int) -> None:

@@ -128,6 +128,20 @@ class GuestMemory:
         del self._slots[at], self._starts[at]
         _unmap(slot)
 
+    def replace(self, slot: MemSlot) -> MemSlot:
+        """Other host memory with the same content for an anonymous or memfd ``slot``: same id, gpa and size, another hva.
+
+        The old mapping goes when the last view of it goes; such views see the guest no more. KVM has to be told (Machine.move_slot).
+        """
+        if slot.backing not in ("anonymous", "memfd", "hugetlb"):
+            raise ConfigError(f"{slot!r} is a mapped file: its content belongs where it is")
+        mapping, fd = _map(slot.size, slot.backing, False, slot.readonly, 0)
+        mapping[:] = slot.map[:]
+        new = MemSlot(slot.id, slot.gpa, slot.size, slot.backing, slot.readonly, mapping, fd)
+        self._slots[self._slots.index(slot)] = new
+        _unmap(slot)
+        return new
+
     @property
     def slots(self) -> tuple[MemSlot, ...]:
         """The slots by rising gpa."""

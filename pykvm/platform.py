@@ -15,6 +15,7 @@ RESET_CONTROL = 0xCF9  # PIIX/ICH reset control register
 DEBUG_CONSOLE = 0xE9  # every byte written is console output (Bochs' port 0xE9 hack)
 DEBUG_EXIT = 0xF4  # isa-debug-exit: the value written ends the run with that code
 SCRATCH_PORT = 0xE0  # eight ports that keep what is written
+HYPERCALL_PORT = 0x5E0  # pykvm: hypercalls through ports (devices/hypercall.py), 24 ports
 EXCEPTION_REPORT = 0xF8  # pykvm: the minimal kernel of user mode reports an exception frame here
 
 # --- GSIs ------------------------------------------------------------------------------------------------------------
@@ -41,5 +42,8 @@ LOAD_GPA = 0x100000
 MMIO_HOLE = 0xC000_0000  # RAM below this; devices between here and 4 GiB
 MMIO_HOLE_END = 0x1_0000_0000
 SCRATCH_GPA = 0xD000_0000  # one page that keeps what is written, where every access exits
+HYPERCALL_GPA = 0xD001_0000  # the registers of HYPERCALL_PORT once more, as MMIO
+IOAPIC_GPA = 0xFEC0_0000
+LAPIC_GPA = 0xFEE0_0000
 IDENTITY_MAP_GPA = 0xFFFB_C000  # KVM_SET_IDENTITY_MAP_ADDR: one page (hosts without unrestricted guest)
 TSS_ADDR_GPA = 0xFFFB_D000  # KVM_SET_TSS_ADDR: three pages, directly above

@@ -26,13 +26,16 @@ if TYPE_CHECKING:
 
     from pykvm.bus import Bus, Range
     from pykvm.exits import Exit
+    from pykvm.msrs import MsrHandlers
     from pykvm.records import RecordRing
+    from pykvm.smp import Gate
     from pykvm.vcpu import VCPU
 
 __all__ = ["HEARTBEAT", "LOOPS", "Runner", "Stop"]
 
 LOOPS = ("python", "native")
 HEARTBEAT = 0.1  # seconds; KVM_RUN comes back this often so that Python's signal handlers run and the time limit is seen
+WATCHFUL = 0.02  # the same where HLT does not exit: a guest that halts for good is noticed so late
 SHORTEST = 1e-3  # seconds between two ticks: a timer as fast as its own signal's handler would leave no time for anything else
 _SINK_SIZE = 4096
 _ERROR = lib.PYKVM_ERROR
@@ -41,12 +44,13 @@ _FIRST_WRITE = 128  # slots 1 to 127 are reads, 128 to 255 writes
 
 class Stop:
     """Why a run ended. ``reason``: "halted", "exit", "reset", "stopped", "timeout" or "crash"; ``code`` goes with "exit"; ``exit`` is
-    the exit that ended it, when one did."""
+    the exit that ended it, when one did, and ``vcpu`` the vCPU that it ended on."""
 
-    __slots__ = ("code", "exit", "reason")
+    __slots__ = ("code", "exit", "reason", "vcpu")
 
     def __init__(self, reason: str, code: int | None = None, exit: Exit | None = None) -> None:
         self.reason, self.code, self.exit = reason, code, exit
+        self.vcpu: VCPU | None = None
 
     def __repr__(self) -> str:
         code = "" if self.code is None else f" code={self.code}"
@@ -58,20 +62,41 @@ def _no_session(offset: int, size: int, value: int) -> None:
     raise KvmError("KVM_RUN", EIO, "this process was forked by the one that runs the vCPU, and cannot go on with it")
 
 
+def _guarded(method: Any, lock: Any) -> Any:
+    def guarded(*arguments: int) -> Any:
+        with lock:
+            return method(*arguments)
+
+    return guarded
+
+
 class Runner:
     """Runs one vCPU against a bus.
 
     A device stops the run through ``stop()``; so may another thread. KVM is not entered again then: the guest stays at the access, which
     is answered, and goes on behind it in the next ``run()``. An exception from a device reaches the caller of ``run()``
     with the guest as it was at the access, which the next ``run()`` gives to the device again.
+
+    ``lock``, where other vCPUs share the bus: held while a device is asked. Exits that are no access go to ``msrs``, ``on_hypercall(nr,
+    args) -> int`` and ``on_eoi(vector)``, where they are set. ``is_idle()`` is asked at each heartbeat: True ends the run as halted.
     """
 
-    def __init__(self, vcpu: VCPU, bus: Bus, loop: str = "native", ring: RecordRing | None = None) -> None:
+    def __init__(self, vcpu: VCPU, bus: Bus, loop: str = "native", ring: RecordRing | None = None, lock: Any = None) -> None:
         if loop not in LOOPS:
             raise ConfigError(f"unknown loop {loop!r}: use one of {', '.join(LOOPS)}")
         self.vcpu, self.bus, self.loop, self.ring = vcpu, bus, loop, ring
+        self.shared, self.lock = lock is not None, lock or RLock()
+        self.heartbeat = HEARTBEAT
+        self.gate: Gate | None = None  # where a paused vCPU waits
+        self.msrs: MsrHandlers | None = None
+        self.on_hypercall: Callable[[int, tuple[int, ...]], int] | None = None
+        self.on_eoi: Callable[[int], object] | None = None
+        self.is_idle: Callable[[], bool] | None = None
+        self._messages: list[Callable[[], object]] = []  # what others want done between two entries
+        self._vectors: list[int] = []  # interrupts that wait, without an in-kernel irqchip
         self.on_records: Callable[[RecordRing], None] | None = None
         self.on_heartbeat: Callable[[], None] | None = None
+        self._deadline: float | None = None
         self._stop: Stop | None = None
         self._handlers: list[tuple[Any, int, int]] = [(None, 0, 0)] * 255 + [(_no_session, 0, 0)]  # slot -> (method, offset, size)
         self._slots: dict[int, int] = {}  # name of an access -> its slot
@@ -81,7 +106,7 @@ class Runner:
         self._version = (-1, -1)
         self._lent: tuple[Any, ...] | None = None
         self._table_lock = RLock()  # who changes the bus may be in any thread
-        bus.on_change = self._sync_table
+        bus.on_change = self.sync_table
         if ring is not None:
             vcpu.want_sync_regs()
 
@@ -93,15 +118,17 @@ class Runner:
         run, step, handlers = lib.pykvm_run, lib.pykvm_step, self._handlers
         if timeout is not None:
             timeout = min(timeout, FOREVER)
-        deadline = None if timeout is None else monotonic() + timeout
-        interval = HEARTBEAT if timeout is None else timeout / max(1, -(-timeout // HEARTBEAT))
+        self._deadline = None if timeout is None else monotonic() + timeout
+        interval = self.heartbeat if timeout is None else timeout / max(1, -(-timeout // self.heartbeat))
         if native.tid == get_native_id():
             raise KvmError("preparing KVM_RUN", EBUSY, f"vCPU {self.vcpu.id} is running: one of its devices asked for this run")
         try:
             with self._table_lock:  # from here on, others who change the bus leave the table to this thread
-                self._sync_table()
+                self.sync_table()
                 self.vcpu.begin(max(interval, 1e-6), max(interval, SHORTEST))
             native.native = self.loop == "native"
+            self._read_messages()
+            self._pause()
             # After an exception the last exit still waits for its answer; a fresh start answers nothing.
             got = run() if native.last & 0xF == _ERROR else 0
             while True:
@@ -114,12 +141,13 @@ class Runner:
                     method, offset, size = handlers[slot]
                     got = step(method(offset, size))
                 else:
-                    reply = self._look(native.last, deadline)
+                    reply = self._look(native.last)
                     if self._stop is not None:
                         lib.pykvm_answer(native, reply)
                         if native.last & 0xF != lib.PYKVM_DRAIN:
                             native.last = _ERROR  # done with: the next run starts afresh
                         stop, self._stop = self._stop, None
+                        stop.vcpu = self.vcpu
                         return stop
                     got = step(reply)
         except BaseException as error:
@@ -134,11 +162,63 @@ class Runner:
             finally:
                 lib.pykvm_end(native)  # when begin was not reached, it does nothing
 
+    def _pause(self) -> None:
+        """Wait while the gate is closed, unless the run is to end. The time limit waits too."""
+        gate = self.gate
+        if gate is not None and gate.closed:
+            since = monotonic()
+            gate.wait(lambda: self._stop is not None)
+            if self._deadline is not None:
+                self._deadline += monotonic() - since
+
     def stop(self, reason: str = "stopped", code: int | None = None) -> None:
         """End the run: from a device (what it answers still counts) or from another thread."""
         if self._stop is None:
             self._stop = Stop(reason, code)
         self.vcpu.kick()
+        if self.gate is not None:
+            self.gate.look()
+
+    def take_back_stop(self) -> None:
+        """Forget a stop() that came too late for the run it was meant for."""
+        self._stop = None
+
+    def post(self, do: Callable[[], object]) -> None:
+        """Have ``do`` called in the vCPU's thread before its next entry: at once from that thread, else after a kick."""
+        if self.vcpu.native.tid == get_native_id():
+            do()
+        else:
+            self._messages.append(do)
+            self.vcpu.kick()
+
+    def interrupt(self, vector: int) -> None:
+        """Deliver ``vector`` as soon as the guest can take it (KVM_INTERRUPT; without an in-kernel irqchip). They queue up."""
+        if not 0 <= vector <= 255:
+            raise ConfigError(f"an interrupt vector is 0 to 255, not {vector}")
+
+        def queue() -> None:
+            self._vectors.append(vector)
+            self._offer_interrupts()
+
+        self.post(queue)
+
+    def _read_messages(self) -> bool:
+        """Do what others have asked for; whether there was anything."""
+        some = bool(self._messages)
+        while self._messages:
+            self._messages.pop(0)()
+        return some
+
+    def _offer_interrupts(self) -> bool:
+        """Inject the first that waits if the guest can take one now, and ask for an exit when it can take the next. Whether one went."""
+        run, went = self.vcpu.native.run, False
+        if self._vectors and run.ready_for_interrupt_injection and run.if_flag:
+            self.vcpu.interrupt(self._vectors[0])
+            del self._vectors[0]
+            run.ready_for_interrupt_injection = 0  # until KVM says so again
+            went = True
+        run.request_interrupt_window = bool(self._vectors)
+        return went
 
     def _blame(self, packed: int, error: BaseException) -> None:
         """Name the device whose answer was no integer of the access's size."""
@@ -148,29 +228,34 @@ class Runner:
 
     # --- what is not hot ---------------------------------------------------------------------------------------------
 
-    def _look(self, packed: int, deadline: float | None) -> int:
+    def _look(self, packed: int) -> int:
         """Anything but an access already in the dictionaries. Returns the reply; sets ``_stop`` to end the run."""
         kind = packed & 0xF
         if kind == lib.PYKVM_DRAIN:
             self._make_room()
             return 0
         if kind == _ERROR:
-            self._failed(packed >> 32, deadline)
+            self._failed(packed >> 32)
             return 0
         if kind != lib.PYKVM_LOOK:
             return self._claimed(packed, kind)
-        return self._unpacked()
+        with self.lock:
+            return self._unpacked()
 
     def _claimed(self, packed: int, kind: int) -> int:
         """An access without a slot yet: give it one while there are any, and carry it out."""
         claimed = self._ranges[packed >> 6 & 0x3FF]
         size, offset = 1 << (packed >> 4 & 3), packed >> 16 & 0xFFFF
         is_write = kind in (lib.PYKVM_OUT, lib.PYKVM_MMIO_WRITE)
-        self._give_slot(packed & 0xFFFFFFFF, (claimed.write if is_write else claimed.read, offset, size), is_write)
+        method: Any = claimed.write if is_write else claimed.read
+        if self.shared:
+            method = _guarded(method, self.lock)
+        self._give_slot(packed & 0xFFFFFFFF, (method, offset, size), is_write)
         if is_write:
-            claimed.write(offset, size, packed >> 32)
+            method(offset, size, packed >> 32)
             return 0
-        return claimed.read(offset, size)
+        answer: int = method(offset, size)
+        return answer
 
     def _give_slot(self, name: int, handler: tuple[Any, int, int], is_write: bool) -> None:
         slot = self._slots.get(name)
@@ -200,28 +285,45 @@ class Runner:
             case exits.MmioRead():
                 return bus.read("mmio", exit.gpa, exit.size)
             case exits.Hlt():
-                self._stop = Stop("halted", exit=exit)
-            case exits.IrqWindowOpen() | exits.SetTpr() | exits.Intr():
+                woken = self._read_messages()
+                if not self._offer_interrupts() and not woken:
+                    self._stop = Stop("halted", exit=exit)
+            case exits.IrqWindowOpen():
+                self._offer_interrupts()
+            case exits.RdMsr() if self.msrs is not None:
+                exit.reply(self.msrs.read(exit.index))
+            case exits.WrMsr() if self.msrs is not None:
+                if not self.msrs.write(exit.index, exit.value):
+                    exit.refuse()
+            case exits.Hypercall() if self.on_hypercall is not None:
+                exit.reply(self.on_hypercall(exit.nr, exit.args))
+            case exits.IoapicEoi() if self.on_eoi is not None:
+                self.on_eoi(exit.vector)
+            case exits.SetTpr() | exits.Intr():
                 pass
             case _:
                 self._stop = Stop("crash", exit=exit)
         return 0
 
-    def _failed(self, errno: int, deadline: float | None) -> None:
+    def _failed(self, errno: int) -> None:
         """KVM_RUN gave an errno: a kick, the heartbeat, the time limit, or an error, which raises KvmError."""
         exit = self.vcpu.failed(errno)
         if isinstance(exit, exits.Intr):
-            self._sync_table()
-            if self._stop is None and deadline is not None and monotonic() >= deadline:
-                self._stop = Stop("timeout")
+            self.sync_table()
+            self._read_messages()
             if self.on_heartbeat is not None:
                 self.on_heartbeat()
+            self._pause()
+            if self._stop is None and self._deadline is not None and monotonic() >= self._deadline:
+                self._stop = Stop("timeout")
+            if self._stop is None and exit.timed_out and self.is_idle is not None and self.is_idle():
+                self._stop = Stop("halted")
         elif not isinstance(exit, exits.Eagain):
             self._stop = Stop("crash", exit=exit)
 
     # --- the native table, sinks and records -------------------------------------------------------------------------
 
-    def _sync_table(self) -> None:
+    def sync_table(self) -> None:
         """Make the native table again when ranges have come or gone, or when another Runner has had the vCPU."""
         pio, mmio, native = self.bus.pio, self.bus.mmio, self.vcpu.native
         if (pio.version, mmio.version) == self._version and self.vcpu.lent is self._lent:
@@ -264,8 +366,8 @@ class Runner:
     def _fill(self, row: Any, index: int, claimed: Range) -> None:
         row.base, row.length, row.index = claimed.base, claimed.length, index
         native = claimed.native
-        if native is None:
-            row.action = lib.PYKVM_TO_PYTHON
+        if native is None or (native.kind == "append" and self.shared):
+            row.action = lib.PYKVM_TO_PYTHON  # what several vCPUs write keeps its order only when it is passed on at once
         elif native.kind == "append":
             row.action = lib.PYKVM_APPEND
             data = ffi.new("uint8_t[]", _SINK_SIZE)
@@ -286,11 +388,19 @@ class Runner:
     def _make_room(self) -> None:
         """For DRAIN. With an exit in the stash it is about the sinks: the ring's newest record still waits for its answer."""
         self._drain_sinks()
+        if self.vcpu.native.coalesced:
+            self._take_coalesced()
         if self.ring is None or self.vcpu.native.stashed:
             return
         self._drain()
         if self.ring.cdata.used == self.ring.cdata.capacity:
             raise ConfigError(f"the record ring is full ({self.ring.cdata.capacity}): set on_records to something that drains it")
+
+    def _take_coalesced(self) -> None:
+        """Give the devices what the guest has written without an exit, before they hear of this one."""
+        with self.lock:
+            for space, at, size, value in self.vcpu.coalesced():
+                self.bus.write(space, at, size, value)
 
     def _drain(self) -> None:
         self._drain_sinks()

@@ -12,9 +12,11 @@ from pykvm.units import PAGE_SIZE
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from types import TracebackType
     from typing import Any
 
+    from pykvm.bus import SpaceName
     from pykvm.vm import VM
 
 __all__ = ["FOREVER", "VCPU"]
@@ -38,6 +40,7 @@ class VCPU:
         self.id = id
         self.fd = -1
         self._sync_regs = vm.sync_regs
+        self._vm_coalesced_page = vm.coalesced_page
         # What native/runloop.c knows of this vCPU, at the start of a page of its own; the run loop's table shares the page.
         self.arena: Any = ffi.new("char[]", 2 * PAGE_SIZE)
         start = -int(ffi.cast("uintptr_t", self.arena)) % PAGE_SIZE
@@ -90,9 +93,55 @@ class VCPU:
         """KVM_GET_VCPU_EVENTS: exceptions, interrupts, NMIs in flight (``struct kvm_vcpu_events``)."""
         return self._get("KVM_GET_VCPU_EVENTS", "struct kvm_vcpu_events")
 
+    def set_vcpu_events(self, events: Struct) -> None:
+        """KVM_SET_VCPU_EVENTS: what they hold is injected at the next entry."""
+        ioctl(self.fd, "KVM_SET_VCPU_EVENTS", events.cdata)
+
+    def get_debugregs(self) -> Struct:
+        """KVM_GET_DEBUGREGS: DR0-DR3, DR6, DR7 (``struct kvm_debugregs``)."""
+        return self._get("KVM_GET_DEBUGREGS", "struct kvm_debugregs")
+
     def get_mp_state(self) -> int:
         """KVM_GET_MP_STATE: a KVM_MP_STATE_ number."""
         return int(self._get("KVM_GET_MP_STATE", "struct kvm_mp_state").mp_state)
+
+    def set_mp_state(self, state: int) -> None:
+        """KVM_SET_MP_STATE: a KVM_MP_STATE_ number; an AP that need not wait for SIPI is made RUNNABLE (needs an in-kernel LAPIC)."""
+        value = new("struct kvm_mp_state")
+        value.mp_state = state
+        ioctl(self.fd, "KVM_SET_MP_STATE", value.cdata, f"mp_state {state}")
+
+    # --- interrupts --------------------------------------------------------------------------------------------------
+
+    def get_lapic(self) -> Struct:
+        """KVM_GET_LAPIC: the register page of the in-kernel LAPIC (``struct kvm_lapic_state``; api.rst 4.57)."""
+        return self._get("KVM_GET_LAPIC", "struct kvm_lapic_state")
+
+    def set_lapic(self, lapic: Struct) -> None:
+        """KVM_SET_LAPIC."""
+        ioctl(self.fd, "KVM_SET_LAPIC", lapic.cdata)
+
+    def interrupt(self, vector: int) -> None:
+        """KVM_INTERRUPT (api.rst 4.16): deliver ``vector`` at the next entry; only without an in-kernel irqchip, and only while
+        kvm_run.ready_for_interrupt_injection is set (else ask with kvm_run.request_interrupt_window)."""
+        ioctl(
+            self.fd,
+            "KVM_INTERRUPT",
+            ffi.new("struct kvm_interrupt *", (vector,)),
+            f"vector {vector}: one is pending, or an irqchip is there",
+        )
+
+    def nmi(self) -> None:
+        """KVM_NMI (api.rst 4.64): a non-maskable interrupt at the next entry (KVM_CAP_USER_NMI)."""
+        ioctl_value(self.fd, "KVM_NMI")
+
+    def inject_exception(self, vector: int, error_code: int | None = None) -> None:
+        """Have the guest take an exception at the next entry, as if its instruction had raised it (KVM_SET_VCPU_EVENTS)."""
+        events = self.get_vcpu_events()
+        exception = events.exception
+        exception.injected, exception.nr = 1, vector
+        exception.has_error_code, exception.error_code = error_code is not None, error_code or 0
+        self.set_vcpu_events(events)
 
     def get_cpuid2(self) -> Cpuid:
         """KVM_GET_CPUID2: what KVM really gives the guest."""
@@ -139,6 +188,29 @@ class VCPU:
         translation.linear_address = gva
         ioctl(self.fd, "KVM_TRANSLATE", translation.cdata)
         return int(translation.physical_address) if translation.valid else None
+
+    def want_coalesced(self) -> None:
+        """From now on an exit that finds writes in the coalesced ring (VM.coalesce) lets Python take them out first."""
+        page = self._vm_coalesced_page
+        if page:
+            ring = ffi.cast("char *", self.native.run) + page * PAGE_SIZE
+            self.native.coalesced = ffi.cast("struct kvm_coalesced_mmio_ring *", ring)
+
+    def coalesced(self) -> Iterator[tuple[SpaceName, int, int, int]]:
+        """Takes (space, address, size, value) of each coalesced write out of the ring, in the order in which the guest made them.
+
+        The ring belongs to the VM: all vCPUs see the same. A write leaves it when the next one is asked for.
+        """
+        ring = self.native.coalesced
+        if not ring:
+            return
+        room = (PAGE_SIZE - ffi.sizeof("struct kvm_coalesced_mmio_ring")) // ffi.sizeof("struct kvm_coalesced_mmio")
+        while ring.first != ring.last:
+            entry = ring.coalesced_mmio[ring.first % room]
+            size = min(entry.len, 8)
+            value = int.from_bytes(bytes(entry.data[0:size]), "little")
+            yield ("pio" if entry.pio else "mmio", entry.phys_addr, size, value)
+            ring.first = (ring.first + 1) % room
 
     # --- running -----------------------------------------------------------------------------------------------------
 

@@ -1,10 +1,10 @@
-"""A VM: its memory slots and its vCPUs. Methods are the VM ioctls without their KVM_ (api.rst 4)."""
+"""A VM: its memory slots, interrupts and vCPUs. Methods are the VM ioctls without their KVM_ (api.rst 4)."""
 
 from __future__ import annotations
 
 import os
 
-from pykvm.abi import capability, ffi, ioctl, ioctl_value, lib
+from pykvm.abi import Struct, capability, ffi, flexible, ioctl, ioctl_value, lib, new
 from pykvm.errors import CapabilityError
 from pykvm.platform import IDENTITY_MAP_GPA, TSS_ADDR_GPA
 from pykvm.units import format_size
@@ -12,8 +12,11 @@ from pykvm.vcpu import VCPU
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Iterable
     from types import TracebackType
+    from typing import Literal
 
+    from pykvm.irq import Route
     from pykvm.memory import GuestMemory, MemSlot
     from pykvm.system import System
 
@@ -35,8 +38,10 @@ class VM:
         self.fd = -1
         self.vcpus: list[VCPU] = []
         self.memory: GuestMemory | None = None
+        self.irqchip: Literal["none", "kernel", "split"] = "none"
         self._run_size = system.get_vcpu_mmap_size()
         self.sync_regs = system.check_extension("KVM_CAP_SYNC_REGS")
+        self.coalesced_page = system.check_extension("KVM_CAP_COALESCED_MMIO")  # where in the kvm_run area its ring is
         self.fd = ioctl_value(system.fd, "KVM_CREATE_VM", 0)
         try:
             # Hosts without unrestricted guest run real mode in a virtual-8086 task: it needs a TSS and an identity map
@@ -80,6 +85,131 @@ class VM:
     def set_identity_map_addr(self, gpa: int) -> None:
         """KVM_SET_IDENTITY_MAP_ADDR: one page below 4 GiB that no slot may use."""
         ioctl(self.fd, "KVM_SET_IDENTITY_MAP_ADDR", ffi.new("uint64_t *", gpa))
+
+    # --- interrupts --------------------------------------------------------------------------------------------------
+
+    def create_irqchip(self) -> None:
+        """KVM_CREATE_IRQCHIP (api.rst 4.24): PIC, IOAPIC and, in each vCPU made after it, a LAPIC. HLT does not exit any more."""
+        self.system.require("KVM_CAP_IRQCHIP", "an in-kernel irqchip")
+        ioctl_value(self.fd, "KVM_CREATE_IRQCHIP", 0, "before any vCPU is made")
+        self.irqchip = "kernel"
+
+    def create_split_irqchip(self, pins: int = 24) -> None:
+        """KVM_CAP_SPLIT_IRQCHIP (api.rst 7.5): LAPICs in the kernel; PIC and IOAPIC are user space's, the latter with ``pins`` GSIs."""
+        self.system.require("KVM_CAP_SPLIT_IRQCHIP", "a split irqchip")
+        self.enable_cap("KVM_CAP_SPLIT_IRQCHIP", pins)
+        self.irqchip = "split"
+
+    def create_pit2(self) -> None:
+        """KVM_CREATE_PIT2 (api.rst 4.71): the i8254 at ports 0x40-0x43, on GSI 0; the speaker's port 0x61 answers too."""
+        self.system.require("KVM_CAP_PIT2", "an in-kernel PIT")
+        config = new("struct kvm_pit_config")
+        config.flags = lib.KVM_PIT_SPEAKER_DUMMY
+        ioctl(self.fd, "KVM_CREATE_PIT2", config.cdata, "an in-kernel irqchip must be there")
+
+    def irq_line(self, gsi: int, level: int) -> None:
+        """KVM_IRQ_LINE (api.rst 4.25): drive ``gsi`` high (1) or low (0). A level stays until it is changed; an edge needs both."""
+        request = ffi.new("struct kvm_irq_level *", (gsi, level))
+        ioctl(self.fd, "KVM_IRQ_LINE", request, f"GSI {gsi}: is there an irqchip?")
+
+    def set_gsi_routing(self, routes: Iterable[Route]) -> None:
+        """KVM_SET_GSI_ROUTING (api.rst 4.52): where each GSI leads; replaces all routes (irq.default_routes() are KVM's own)."""
+        self.system.require("KVM_CAP_IRQ_ROUTING", "GSI routing")
+        entries = list(routes)
+        table = flexible("struct kvm_irq_routing", "entries", len(entries))
+        table.nr = len(entries)
+        for entry, route in zip(table.entries, entries, strict=False):
+            route.fill(entry)
+        ioctl(self.fd, "KVM_SET_GSI_ROUTING", table, f"{len(entries)} routes")
+
+    def signal_msi(self, address: int, data: int) -> bool:
+        """KVM_SIGNAL_MSI (api.rst 4.70): deliver a message at once. False: the guest has that interrupt blocked."""
+        self.system.require("KVM_CAP_SIGNAL_MSI", "MSIs from user space")
+        message = ffi.new("struct kvm_msi *")
+        message.address_lo, message.address_hi = address & 0xFFFFFFFF, address >> 32
+        message.data = data
+        return ioctl(self.fd, "KVM_SIGNAL_MSI", message, f"MSI {data:#x} to {address:#x}") > 0
+
+    def irqfd(self, gsi: int, fd: int, resample_fd: int = -1) -> None:
+        """KVM_IRQFD (api.rst 4.75): each write to the eventfd ``fd`` is an interrupt on ``gsi``, without a system call to KVM.
+
+        ``resample_fd``: the GSI is level triggered; it stays high until the guest ends the interrupt, which signals this eventfd
+        (KVM_CAP_IRQFD_RESAMPLE).
+        """
+        self.system.require("KVM_CAP_IRQFD", "irqfd")
+        request = ffi.new("struct kvm_irqfd *")
+        request.fd, request.gsi = fd, gsi
+        if resample_fd >= 0:
+            self.system.require("KVM_CAP_IRQFD_RESAMPLE", "a level-triggered irqfd")
+            request.flags, request.resamplefd = lib.KVM_IRQFD_FLAG_RESAMPLE, resample_fd
+        ioctl(self.fd, "KVM_IRQFD", request, f"GSI {gsi}: is there an irqchip?")
+
+    def remove_irqfd(self, gsi: int, fd: int) -> None:
+        """Take an irqfd away."""
+        request = ffi.new("struct kvm_irqfd *")
+        request.fd, request.gsi, request.flags = fd, gsi, lib.KVM_IRQFD_FLAG_DEASSIGN
+        ioctl(self.fd, "KVM_IRQFD", request, f"GSI {gsi}")
+
+    # --- exits that need no user space --------------------------------------------------------------------------------
+
+    def ioeventfd(self, space: str, at: int, length: int, fd: int, datamatch: int | None = None, *, remove: bool = False) -> None:
+        """KVM_IOEVENTFD (api.rst 4.59): a guest's write of ``length`` bytes at ``at`` signals the eventfd ``fd`` and does not exit.
+
+        ``space``: "pio" or "mmio". ``length``: 1, 2, 4 or 8, or 0 for any. ``datamatch``: only a write of that value. ``remove``: no more.
+        """
+        self.system.require("KVM_CAP_IOEVENTFD", "ioeventfd")
+        request = ffi.new("struct kvm_ioeventfd *")
+        request.addr, request.len, request.fd = at, length, fd
+        if space == "pio":
+            request.flags |= lib.KVM_IOEVENTFD_FLAG_PIO
+        if datamatch is not None:
+            request.flags |= lib.KVM_IOEVENTFD_FLAG_DATAMATCH
+            request.datamatch = datamatch
+        if remove:
+            request.flags |= lib.KVM_IOEVENTFD_FLAG_DEASSIGN
+        ioctl(self.fd, "KVM_IOEVENTFD", request, f"{space} {at:#x}, length {length}")
+
+    def coalesce(self, space: str, at: int, length: int, *, remove: bool = False) -> None:
+        """KVM_REGISTER_COALESCED_MMIO (api.rst 4.116): writes there wait in a ring until the next exit; VCPU.coalesced() takes them out.
+
+        ``space``: "mmio" (KVM_CAP_COALESCED_MMIO) or "pio" (KVM_CAP_COALESCED_PIO).
+        """
+        pio = space == "pio"
+        self.system.require("KVM_CAP_COALESCED_PIO" if pio else "KVM_CAP_COALESCED_MMIO", f"coalesced {space} writes")
+        zone = ffi.new("struct kvm_coalesced_mmio_zone *")
+        zone.addr, zone.size, zone.pio = at, length, pio
+        name = "KVM_UNREGISTER_COALESCED_MMIO" if remove else "KVM_REGISTER_COALESCED_MMIO"
+        ioctl(self.fd, name, zone, f"{space} {at:#x}, length {length:#x}")
+
+    # --- time and MSRs -----------------------------------------------------------------------------------------------
+
+    def get_clock(self) -> Struct:
+        """KVM_GET_CLOCK (api.rst 4.29): kvmclock, in nanoseconds (``struct kvm_clock_data``; KVM_CAP_ADJUST_CLOCK)."""
+        data = new("struct kvm_clock_data")
+        ioctl(self.fd, "KVM_GET_CLOCK", data.cdata)
+        return data
+
+    def set_clock(self, nanoseconds: int) -> None:
+        """KVM_SET_CLOCK (api.rst 4.30): kvmclock goes on from here."""
+        data = new("struct kvm_clock_data")
+        data.clock = nanoseconds
+        ioctl(self.fd, "KVM_SET_CLOCK", data.cdata)
+
+    def set_msr_filter(self, ranges: Iterable[tuple[int, int, bytes]], *, default_allow: bool = True) -> None:
+        """KVM_X86_SET_MSR_FILTER (api.rst 4.97): which MSR accesses KVM may carry out; the others exit, or are #GP.
+
+        ``ranges``: up to 16 of (flags, first MSR, bitmap), flags KVM_MSR_FILTER_READ and _WRITE; a 1 in the bitmap allows. No ranges and
+        ``default_allow``: no filter. Needs KVM_CAP_X86_MSR_FILTER.
+        """
+        self.system.require("KVM_CAP_X86_MSR_FILTER", "MSR filters")
+        table = new("struct kvm_msr_filter")
+        table.flags = lib.KVM_MSR_FILTER_DEFAULT_ALLOW if default_allow else lib.KVM_MSR_FILTER_DEFAULT_DENY
+        keep = []
+        for row, (flags, base, bitmap) in zip(table.cdata.ranges, ranges, strict=False):
+            bits = ffi.new("uint8_t[]", bitmap + bytes(-len(bitmap) % 8))
+            keep.append(bits)
+            row.flags, row.base, row.nmsrs, row.bitmap = flags, base, 8 * len(bitmap), bits
+        ioctl(self.fd, "KVM_X86_SET_MSR_FILTER", table.cdata, f"{len(keep)} ranges")
 
     # --- vCPUs and capabilities --------------------------------------------------------------------------------------
 

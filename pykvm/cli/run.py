@@ -16,8 +16,8 @@ from pykvm.units import parse_address
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from pykvm.machine import Result
     from pykvm.records import StatRow
+    from pykvm.result import Result
 
 COMMAND = Command(
     "run",
@@ -33,6 +33,14 @@ COMMAND = Command(
         Option("--entry", "guest physical address to start at, instead of the image's own", "GPA", convert=parse_address),
         Option("--timeout", "time limit in seconds", "SECONDS", 10.0, number),
         Option("--append", "command line for the guest (RSI points at it)", "TEXT", ""),
+        Option("--cpus", "vCPUs; those after the first wait for INIT and SIPI; what the image asks for, else 1", "N", convert=int),
+        Option(
+            "--irqchip",
+            "interrupt controllers; what the image asks for, else none, but with --cpus kernel",
+            choices=("none", "kernel", "split"),
+        ),
+        Option("--cpu", "CPU model, such as haswell or 'host -avx2' (pykvm cpu lists them); all that this host's KVM offers", "MODEL"),
+        Option("--pin", "run each vCPU on a host CPU of its own"),
         Option("--loop", "who handles exits first", default="native", choices=("python", "native")),
         Option("--stats", "a table of the exits: count, total and median time"),
         Option("--strict", "an access that no device claims is a crash"),
@@ -95,6 +103,10 @@ def main(argv: list[str]) -> int:
         mode=o["mode"],
         entry=o["entry"],
         append=o["append"],
+        cpus=o["cpus"],
+        irqchip=o["irqchip"],
+        cpu=o["cpu"],
+        pin=o["pin"],
         loop=o["loop"],
         stats=o["stats"],
         strict=o["strict"],

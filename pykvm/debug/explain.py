@@ -42,7 +42,8 @@ _LIKELY_GP_MOV = ("cr0,", "cr3,", "cr4,", "cr8,", "ds,", "es,", "fs,", "gs,", "s
 
 def explain_stop(machine: Machine, stop: Stop) -> str:
     """All of it, as text. ``stop`` is a crash or a time limit."""
-    view = CpuView(machine.vcpu, machine.memory)
+    vcpu = stop.vcpu or machine.vcpu
+    view = CpuView(vcpu, machine.memory)
     try:
         symbols = machine.symbols()
     except GuestImageError:
@@ -53,7 +54,8 @@ def explain_stop(machine: Machine, stop: Stop) -> str:
     lines = [cause, ""]
     if stop.exit is not None:
         lines.append(f"exit: {stop.exit!r}")
-    lines.append(f"{view.mode} mode, {view.bits}-bit code, CPL{view.cpl}")
+    which = f"vCPU {vcpu.id}: " if machine.cpus > 1 else ""
+    lines.append(f"{which}{view.mode} mode, {view.bits}-bit code, CPL{view.cpl}")
     lines.append(format_regs(view.regs, view.sregs))
     lines += ["", "code:", window(view.read, _place(machine, view, stop), view.bits, symbols=symbols)]
     if view.paging:
@@ -69,7 +71,7 @@ def explain_stop(machine: Machine, stop: Stop) -> str:
 
 def _place(machine: Machine, view: CpuView, stop: Stop) -> int:
     """Where the instruction is that made the last exit, when one did; else RIP."""
-    exit = stop.exit if stop.exit is not None or stop.reason == "timeout" else exits.decode(machine.vcpu.native)
+    exit = stop.exit if stop.exit is not None or stop.reason == "timeout" else exits.decode((stop.vcpu or machine.vcpu).native)
     at = None if exit is None else insn_rip(view, exit)
     return view.rip if at is None else at
 

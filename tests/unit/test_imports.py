@@ -11,9 +11,9 @@ PACKAGE = Path(pykvm.__file__).parent
 LEVELS = {
     0: ["errors", "units", "platform"],
     1: ["abi", "assemble", "console", "gallery"],
-    2: ["system", "vm", "vcpu", "memory", "exits", "exit_reason", "bus", "disasm", "symbols", "records", "cpuid"],
+    2: ["system", "vm", "vcpu", "memory", "exits", "exit_reason", "bus", "disasm", "symbols", "records", "cpuid", "irq"],
     3: ["x86", "devices", "loaders"],
-    4: ["machine", "runner", "probe"],
+    4: ["machine", "result", "runner", "smp", "msrs", "services", "needs", "probe"],
     5: ["debug", "bench", "hosts", "doctor"],
     6: ["cli", "__main__"],
 }
