@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from pykvm.abi import ffi
+from pykvm.abi import ffi, flexible
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator
     from typing import Any
 
-__all__ = ["Cpuid", "CpuidEntry"]
+__all__ = ["SIGNIFICANT_INDEX", "Cpuid", "CpuidEntry"]
+
+SIGNIFICANT_INDEX = 1  # KVM_CPUID_FLAG_SIGNIFCANT_INDEX: the leaf depends on ECX
 
 
 class CpuidEntry:
@@ -35,6 +37,17 @@ class Cpuid:
     def __init__(self, cdata: Any) -> None:
         self.cdata = cdata
 
+    @classmethod
+    def of(cls, entries: Iterable[CpuidEntry]) -> Cpuid:
+        """A table of these entries, for KVM_SET_CPUID2."""
+        rows = list(entries)
+        table = flexible("struct kvm_cpuid2", "entries", len(rows))
+        table.nent = len(rows)
+        for cell, row in zip(table.entries, rows, strict=False):
+            cell.function, cell.index, cell.flags = row.function, row.index, row.flags
+            cell.eax, cell.ebx, cell.ecx, cell.edx = row.eax, row.ebx, row.ecx, row.edx
+        return cls(table)
+
     def as_guest(self) -> Cpuid:
         """A copy for a guest: with leaf 1 ECX bit 31, "a hypervisor is present", which KVM leaves to user space to set."""
         table = ffi.new("struct kvm_cpuid2 *", {"entries": self.cdata.nent})
@@ -53,8 +66,8 @@ class Cpuid:
         return int(self.cdata.nent)
 
     def find(self, function: int, index: int = 0) -> CpuidEntry | None:
-        """The entry of a leaf, or None."""
-        return next((e for e in self if e.function == function and e.index in (index, 0)), None)
+        """The entry of a leaf, or None. ``index`` counts only for leaves that depend on ECX."""
+        return next((e for e in self if e.function == function and (e.index == index or not e.flags & SIGNIFICANT_INDEX)), None)
 
     def __repr__(self) -> str:
         return f"<Cpuid {len(self)} entries>"

@@ -28,6 +28,7 @@ COMMANDS = {
     "run": "run a guest: a gallery name or an image file",
     "guests": "the gallery: what each guest shows, its exits, its source",
     "doctor": "what this host's KVM is and can do, and where that was read",
+    "cpu": "CPU models: what this host can give of each, and what KVM makes of it",
     "bench": "measure exits beside a plain C loop",
     "host": "run a command inside an emulated VT-x or AMD-V host",
 }
