@@ -378,16 +378,18 @@ class _Table:
     def finish(self, host: Cpuid | None) -> Cpuid:
         """Without rows of zeros; leaves 0, 7.0 and 0x8000_0000 say in EAX how far theirs go, leaves 0 and 0x8000_0000 at least as far as
         ``host``'s. A named model's go to 0xD in any case: a KVM that lets XSAVE through adds that leaf by itself."""
+        # Leaf 0x8000_001E is zero for APIC id 0 alone, and the vCPUs of a guest must not differ in how far their leaves go.
+        kept = {key for key, row in self.rows.items() if any(row.values()) or key[0] in (0, 0x80000000, 0x8000001E)}
         for leaf, least in ((0, 0xD), (0x80000000, 0x80000008)):
             first = None if host is None else host.find(leaf)
-            used = (key[0] for key, row in self.rows.items() if key[0] - leaf in range(0x10000) and any(row.values()))
+            used = (key[0] for key in kept if key[0] - leaf in range(0x10000))
             self.set(leaf, eax=max(least if first is None else first.eax, *used))
         if (7, 0) in self.rows:
-            self.set(7, eax=max(key[1] for key, row in self.rows.items() if key[0] == 7 and (key[1] == 0 or any(row.values()))))
+            self.set(7, eax=max((key[1] for key in kept if key[0] == 7), default=0))
+            kept |= {(7, 0)} if self.rows[7, 0]["eax"] else set()
         return Cpuid.of(
-            CpuidEntry(leaf, index, SIGNIFICANT_INDEX if leaf in self.indexed else 0, **row)
-            for (leaf, index), row in sorted(self.rows.items())
-            if any(row.values())
+            CpuidEntry(leaf, index, SIGNIFICANT_INDEX if leaf in self.indexed else 0, **self.rows[leaf, index])
+            for leaf, index in sorted(kept)
         )
 
 
