@@ -43,7 +43,7 @@ WORDS = {
     (0x80000008, 0, "ebx"): "clzero irperf xsaveerptr - rdpru 4 wbnoinvd 2 amd_ibpb - amd_ibrs amd_stibp ibrs_always_on stibp_always_on"
     " ibrs_preferred ibrs_same_mode efer_lmsle_mbz 2 amd_ppin amd_ssbd virt_ssbd amd_ssb_no cppc amd_psfd btc_no ibpb_ret brs",
     (0x8000000A, 0, "edx"): "npt lbrv svm_lock nrip_save tsc_scale vmcb_clean flushbyasid decodeassists 2 pausefilter - pfthreshold avic -"
-    " v_vmsave_vmload vgif - x2avic - v_spec_ctrl 4 vnmi",
+    " v_vmsave_vmload vgif - x2avic - v_spec_ctrl 4 vnmi 2 svme_addr_chk",
     (0x8000001F, 0, "eax"): "sme sev - sev_es sev_snp",
     (0x80000021, 0, "eax"): "no_nested_data_bp fs_gs_base_ns lfence_rdtsc smm_page_cfg_lock 2 null_sel_clr_base upper_addr_ignore autoibrs"
     " no_smm_ctl_msr amd_fsrs amd_fsrc - prefetch_ctl_msr 3 cpuid_user_dis epsf 8 sbpb ibpb_brtype srso_no srso_user_kernel_no",
