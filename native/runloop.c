@@ -271,14 +271,18 @@ void pykvm_end(struct pykvm_vcpu *v)
 	}
 }
 
-/* From any thread: the vCPU's current KVM_RUN, or else its next one, returns EINTR. */
+/* From any thread: the vCPU's current KVM_RUN, or else its next one, returns EINTR. One signal is enough until that has happened: real-time
+ * signals queue up, and a user's queue has an end. */
 void pykvm_kick(struct pykvm_vcpu *v)
 {
+	uint32_t already;
+
 	pthread_mutex_lock(&v->lock);
 	if (v->run) {
+		already = v->kicked;
 		v->kicked |= thread_id && is_bound_here(v) ? PYKVM_KICKED_ITSELF : PYKVM_KICKED;
 		__atomic_store_n(&v->run->immediate_exit, 1, __ATOMIC_SEQ_CST);
-		if (is_bound(v) && v->tid != thread_id)
+		if (!already && is_bound(v) && v->tid != thread_id)
 			syscall(SYS_tgkill, process_id, v->tid, v->signal);
 	}
 	pthread_mutex_unlock(&v->lock);

@@ -65,11 +65,17 @@ if TYPE_CHECKING:
     from pykvm.exits import UnknownHardwareExit as UnknownHardwareExit
     from pykvm.exits import WrMsr as WrMsr
     from pykvm.exits import Xen as Xen
+    from pykvm.irq import EventFd as EventFd
+    from pykvm.irq import IrqLine as IrqLine
+    from pykvm.irq import Route as Route
+    from pykvm.irq import default_routes as default_routes
+    from pykvm.irq import msi_message as msi_message
     from pykvm.machine import Machine as Machine
     from pykvm.memory import GuestMemory as GuestMemory
     from pykvm.memory import MemSlot as MemSlot
     from pykvm.result import Result as Result
     from pykvm.system import System as System
+    from pykvm.turns import take_turns as take_turns
     from pykvm.vcpu import VCPU as VCPU
     from pykvm.vm import VM as VM
     from pykvm.x86.modes import mode_named as mode_named
@@ -89,6 +95,8 @@ _HOME = {
     "pykvm.result": "Result",
     "pykvm.memory": "GuestMemory MemSlot",
     "pykvm.system": "System",
+    "pykvm.irq": "EventFd IrqLine Route default_routes msi_message",
+    "pykvm.turns": "take_turns",
     "pykvm.vcpu": "VCPU",
     "pykvm.vm": "VM",
     "pykvm.x86.modes": "mode_named",

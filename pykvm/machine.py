@@ -56,7 +56,6 @@ if TYPE_CHECKING:
     from typing import Any, Literal
 
     from pykvm.bus import Device, Range, Space
-    from pykvm.cpuid import Cpuid
     from pykvm.devices.ioapic import Ioapic
     from pykvm.irq import EventFd, IrqLine
     from pykvm.memory import MemSlot
@@ -65,6 +64,7 @@ if TYPE_CHECKING:
     from pykvm.services import Services
     from pykvm.symbols import Symbols
     from pykvm.vcpu import VCPU
+    from pykvm.x86.cpumodel import CpuModel
 
 __all__ = ["Machine", "Result"]
 
@@ -117,6 +117,7 @@ class Machine:
         self._clock: int | None = None
         self.msrs: MsrHandlers | None = None
         self.ioapic: Ioapic | None = None
+        self.cpu_model: CpuModel | None = None
         self.data, path = _read_image(image)
         self.info = peek(self.data, path, mode)
         note = self.info.note
@@ -167,13 +168,18 @@ class Machine:
 
     def _add_vcpus(self, cpu: str | None) -> None:
         for id in range(self.cpus):
-            vcpu = self.vm.create_vcpu(id)
-            vcpu.set_cpuid2(self._cpuid(cpu, id))
+            self.vm.create_vcpu(id)
         self.vcpus: list[VCPU] = self.vm.vcpus
         self.vcpu = self.vcpus[0]
+        lapic = self.vm.irqchip != "none"
+        if cpu is None and not lapic:  # the way of most guests costs no thought
+            self.vcpu.set_cpuid2(self.system.get_supported_cpuid().as_guest())
+            return
+        from pykvm.x86.cpumodel import CpuModel
 
-    def _cpuid(self, cpu: str | None, id: int) -> Cpuid:
-        return self.system.get_supported_cpuid().as_guest()
+        self.cpu_model = CpuModel.parse(cpu or "host", self.system)
+        for vcpu in self.vcpus:
+            vcpu.set_cpuid2(self.cpu_model.cpuid(self.system, vcpu.id, self.cpus, lapic=lapic))
 
     def _add_runners(self, loop: str, stats: bool, pin: bool) -> None:
         """One for each vCPU; what they share is the bus and, where there are several, a lock."""
@@ -204,7 +210,7 @@ class Machine:
         port = HypercallPort(self._services.call)
         self.bus.pio.add(HYPERCALL_PORT, LENGTH, port)
         self.bus.mmio.add(HYPERCALL_GPA, LENGTH, port)
-        self.on_hypercall(self._services.call)
+        self.on_hypercall(self._services.vmcall)
 
     def _write_command_line(self, text: str) -> None:
         if not text:
@@ -380,8 +386,10 @@ class Machine:
 
     # --- running -----------------------------------------------------------------------------------------------------
 
-    def run(self, timeout: float | None = None) -> Result:
+    def run(self, timeout: float | None = None, *, explain: bool = True) -> Result:
         """Run until the guest stops, or for ``timeout`` seconds. May be called again to go on.
+
+        ``explain``: say where a time limit found it.
 
         Raises GuestCrash, with the explanation and the result so far, when the guest cannot go on; and whatever a device raises.
         """
@@ -395,7 +403,7 @@ class Machine:
         finally:
             self._freeze_clock()
         result = Result(self, stop)
-        if stop.reason in ("crash", "timeout"):
+        if stop.reason == "crash" or (stop.reason == "timeout" and explain):
             from pykvm.debug.explain import explain_stop
 
             result.explanation = explain_stop(self, stop)

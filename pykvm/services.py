@@ -1,8 +1,8 @@
 """What a gallery guest may ask of its host by hypercall: interrupts to itself, doorbells, counters, its own page walk.
 
-An image whose note says ``hypercalls=yes`` gets them, through VMCALL/VMMCALL where the host passes those on, and through ports and MMIO
-everywhere (devices/hypercall.py). Each entry of ``SERVICES`` is (number, name); the method of that name says what it does. A guest that
-asks for nonsense gets -EINVAL, one that asks for a number that is none -KVM_ENOSYS.
+An image whose note says ``hypercalls=yes`` gets them, through ports and MMIO (devices/hypercall.py), which work on every host. VMCALL has
+KVM's own numbers, and KVM passes only one of them on. ``SERVICES`` is number to name; the method of that name says what it does. A guest
+that asks for nonsense gets -EINVAL, one that asks for a number that is none -KVM_ENOSYS.
 """
 
 from __future__ import annotations
@@ -17,16 +17,17 @@ if TYPE_CHECKING:
 __all__ = ["SERVICES", "Services"]
 
 EINVAL, KVM_ENOSYS = 22, 1000
+KVM_HC_MAP_GPA_RANGE = 12  # the one hypercall that KVM passes on
 ANY = 0xFFFFFFFF  # "no such argument"
 SERVICES = {
     1: "irq_raise", 2: "irq_lower", 3: "irq_pulse", 4: "msi", 5: "nmi", 6: "interrupt", 7: "irqfd", 8: "exception",
     9: "doorbell", 10: "rung", 11: "coalesce", 12: "coalesced", 13: "exits", 14: "translate", 15: "remap",
-    16: "msr_answer", 17: "msr_deny", 18: "resampled",
+    16: "msr_answer", 17: "msr_deny", 18: "resampled", 19: "announced",
 }  # fmt: skip
 
 
 class Services:
-    """The hypercalls of one machine. ``call(number, arguments)`` is what devices and VMCALL exits use."""
+    """The hypercalls of one machine. ``call(number, arguments)`` is what the device uses, ``vmcall()`` is for HYPERCALL exits."""
 
     def __init__(self, machine: Machine) -> None:
         self._machine = machine
@@ -36,6 +37,7 @@ class Services:
         self._rung = 0
         self._written: list[int] = []
         self._msrs: dict[int, int] = {}
+        self._announced = 0
 
     def call(self, number: int, arguments: tuple[int, ...]) -> int:
         """Carry one out; never raises for what a guest asks."""
@@ -46,6 +48,17 @@ class Services:
             return int(getattr(self, name)(*arguments[:4])) or 0
         except (PykvmError, ValueError, OSError):
             return -EINVAL
+
+    def vmcall(self, number: int, arguments: tuple[int, ...]) -> int:
+        """A hypercall of KVM's own numbering, made with VMCALL or VMMCALL."""
+        if number != KVM_HC_MAP_GPA_RANGE:
+            return -KVM_ENOSYS
+        self._announced += arguments[1]
+        return 0
+
+    def announced(self, *_: int) -> int:
+        """How many pages KVM_HC_MAP_GPA_RANGE has told the host of."""
+        return self._announced
 
     # --- interrupts --------------------------------------------------------------------------------------------------
 

@@ -158,6 +158,11 @@ def _report(machine: Machine, result: Result, status: int, timeout: float) -> No
     wanted = machine.info.note.get("mode", machine.info.mode)
     if wanted != machine.info.mode:
         print(f"pykvm: the image asks for {wanted} mode; it was started in {machine.info.mode} mode, as --mode said", file=err)
+    missing = machine.cpu_model.missing(machine.system) if machine.cpu_model is not None else frozenset()
+    if missing:
+        print(f"pykvm: this host's KVM cannot give: {' '.join(sorted(missing))}; the guest runs without", file=err)
+    for (index, write), count in [] if machine.msrs is None else machine.msrs.refused.items():
+        print(f"pykvm: #GP: {'WRMSR to' if write else 'RDMSR from'} {index:#x}{f', {count} times' if count > 1 else ''}", file=err)
     for (space, at, size, is_write), count in list(result.unclaimed.items())[:8]:
         where = f"port {at:#x}" if space == "pio" else f"gpa {at:#x}"
         what = f"{'write to' if is_write else 'read from'} {where}, {size} byte{'s' * (size > 1)}"
