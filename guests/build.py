@@ -19,7 +19,7 @@ from pykvm.assemble import assemble_image  # noqa: E402  (from this checkout, wh
 def build(out: Path) -> list[str]:
     """Make the images in ``out``; returns the names of those made now. Raises AsmError."""
     out.mkdir(parents=True, exist_ok=True)
-    tools = [HERE / "guest.inc", HERE / "host.inc", HERE / "guest.ld", HERE / "build.py", HERE.parent / "pykvm" / "assemble.py"]
+    tools = [*HERE.glob("*.inc"), HERE / "guest.ld", HERE / "build.py", HERE.parent / "pykvm" / "assemble.py"]
     newest_tool = max(path.stat().st_mtime for path in tools)
     sources = sorted(HERE.glob("*.S"))
     made = []
