@@ -59,6 +59,15 @@ def _hypercalls(system: System) -> bool:
     return hypercall_returns()
 
 
+def _tsc_deadline(system: System) -> bool:
+    """Whether the CPUID of a machine with a LAPIC has the timer's TSC-deadline mode; without the bit KVM ignores the MSR."""
+    from pykvm.machine import Machine
+
+    with Machine("halt", irqchip="kernel", system=system) as machine:
+        leaf = machine.vcpu.get_cpuid2().find(1)
+        return leaf is not None and bool(leaf.ecx >> 24 & 1)
+
+
 # name: (is it there?, what to say when it is not)
 NEEDS: dict[str, tuple[Callable[[System], bool], str]] = {
     "vmx": (_cpuid_bit(1, "ecx", 5), "KVM offers VMX to guests only with kvm_intel and its parameter nested=1"),
@@ -66,6 +75,7 @@ NEEDS: dict[str, tuple[Callable[[System], bool], str]] = {
     "avx": (_runs_in_user_mode(b"\xc5\xf8\x77"), "a CPL3 program cannot execute VZEROUPPER here"),
     "avx2": (_runs_in_user_mode(b"\xc5\xfd\xfe\xc0"), "a CPL3 program cannot execute VPADDD on YMM registers here"),
     "cpl0": (_cpl0_direct, "KVM's instruction emulator runs CPL0 code here, and knows integer instructions only"),
+    "tsc_deadline": (_tsc_deadline, "the vCPU has no TSC-deadline mode in its CPUID (leaf 1 ECX bit 24)"),
     "hypercalls": (_hypercalls, "VMCALL at CPL0 does not come back here"),
 }
 
