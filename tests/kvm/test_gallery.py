@@ -29,6 +29,12 @@ def note_of(name):
         return peek(image.read(), name).note
 
 
+def skip_unless_met(name, system):
+    why = unmet(note_of(name), system)
+    if why:
+        pytest.skip(why)
+
+
 def start(name, **options):
     machine = Machine(name, **options)
     if name == "ten_line_device":
@@ -41,9 +47,7 @@ def start(name, **options):
 @pytest.mark.shadow
 @pytest.mark.parametrize("name", gallery.names())
 def test_guest(name, loop, system):
-    why = unmet(note_of(name), system)
-    if why:
-        pytest.skip(why)
+    skip_unless_met(name, system)
     with start(name, loop=loop) as machine:
         note = machine.info.note
         if note["end"] == "crash":
@@ -56,9 +60,22 @@ def test_guest(name, loop, system):
         assert note.get("console", "") in result.console
 
 
+def test_needs(system):
+    assert unmet({}, system) is None
+    assert unmet({"needs": "cap:KVM_CAP_USER_MEMORY, cap:KVM_CAP_NR_VCPUS"}, system) is None
+    assert "KVM_CAP_S390_UCONTROL" in unmet({"needs": "cap:KVM_CAP_S390_UCONTROL"}, system)
+    assert "KVM_CAP_NOTHING" in unmet({"needs": "cap:KVM_CAP_NOTHING"}, system)
+    assert "does not know" in unmet({"needs": "flying"}, system)
+    assert unmet({"needs": "vmx"}, system) or unmet({"needs": "svm"}, system)  # no CPU has both
+    for name in ("avx", "avx2"):
+        with Machine("xsave_live", system=system) as machine:
+            assert ("YMM too" in machine.run(TIMEOUT).console) or unmet({"needs": name}, system)
+
+
 def test_gallery_is_complete():
     wanted = """hello hello_real hello_prot user_compute io_sizes io_rep mmio_rw mmio_straddle rom_write halt spin triple_fault
-    exec_hole page_fault cpuid echo ten_line_device far_modes exceptions ring3 demand_page walk_two_level smc xsave_live tsc"""
+    exec_hole page_fault cpuid echo ten_line_device far_modes exceptions ring3 demand_page walk_two_level smc xsave_live tsc
+    string_copy vmxon vmx_l2 svm_l2"""
     assert set(wanted.split()) <= set(gallery.names())
 
 
@@ -101,14 +118,16 @@ def test_exits_are_those_of_the_header():
         assert machine.bus.unclaimed == {("mmio", 0xD0001000, 4, True): 1, ("mmio", 0xD0001000, 4, False): 1}
 
 
-@pytest.mark.parametrize("name", ["exceptions", "ring3", "demand_page", "page_fault"])
-def test_exceptions_make_no_exits(name):
+@pytest.mark.parametrize("name", ["exceptions", "ring3", "demand_page", "page_fault", "vmxon", "vmx_l2", "svm_l2"])
+def test_what_stays_inside_makes_no_exits(name, system):
+    """Exceptions, and all of nested virtualization: user space sees the characters and the debug exit."""
+    skip_unless_met(name, system)
     with start(name) as machine:
         result = machine.run(TIMEOUT)
         assert result.exits == {"IO": len(result.console) + 1}
 
 
-@pytest.mark.parametrize("name", ["io_sizes", "io_rep", "mmio_rw", "echo", "rom_write", "far_modes", "xsave_live"])
+@pytest.mark.parametrize("name", ["io_sizes", "io_rep", "mmio_rw", "echo", "rom_write", "far_modes", "xsave_live", "string_copy"])
 def test_loops_give_the_same_records(name):
     def records(loop):
         with start(name, loop=loop, stats=True) as machine:
