@@ -1,7 +1,7 @@
 """The command ``pykvm``: finds the subcommand, runs it, and turns exceptions into one line on stderr and an exit status.
 
 Exit statuses: 64 usage; 65 bad image; 69 no usable KVM; 70 the guest crashed; 74 the output cannot be written; 124 time limit;
-130 Ctrl-C; 141 nobody reads the output; `pykvm run` itself adds 0 and 1-63 (cli/run.py).
+130 Ctrl-C; 141 nobody reads the output; `pykvm run` itself adds 0 and 1-63 (cli/run.py). Of hosts: 69 something is missing; 70 it failed.
 Parsing is in cli/options.py; each command is one module, imported when it is called.
 """
 
@@ -40,7 +40,7 @@ _STATUS: list[tuple[type[PykvmError], int]] = [
     (GuestImageError, 65),
     (AsmError, 65),
     (ConfigError, 64),
-    (HostError, 1),
+    (HostError, 70),
 ]
 
 
@@ -112,7 +112,7 @@ def _complain(error: PykvmError) -> int:
     if console:
         print("--- the last console lines ---", file=sys.stderr)
         print(console, file=sys.stderr)
-    return next((status for kind, status in _STATUS if isinstance(error, kind)), 1)
+    return getattr(error, "exit_status", 0) or next((status for kind, status in _STATUS if isinstance(error, kind)), 1)
 
 
 def _unknown(what: str, name: str, known: dict[str, str]) -> str:

@@ -18,7 +18,10 @@ RUN = Command(
     "host run",
     "[OPTIONS] -- COMMAND...",
     "Boot an emulated host (Debian's kernel, this Python, this pykvm), run COMMAND in it, return COMMAND's status.\n"
-    "A host boots in about 10 s (amd) or a minute (intel). Files given with --put are in COMMAND's working folder.",
+    "A host boots in about 10 s (amd) or a minute (intel). Files given with --put are in COMMAND's working folder.\n"
+    "Exit status: COMMAND's own (128 + n when signal n killed it, 127 when it does not exist), or pykvm's: 64 usage; 69 an emulator, a\n"
+    "package, a kernel or a CPU model is missing on this machine; 70 the host failed: it panicked or died, could not be set up, or a file\n"
+    "could not be copied; 124 the time limit. COMMAND may end with those too: with --json, an object comes out only if it ran to its end.",
     [
         Option("--cpu", "amd (QEMU), intel (Bochs), or a model from pykvm host list", "CPU", "intel"),
         Option("--paging", "EPT or NPT on, or off: shadow paging", default="on", choices=("on", "off")),
@@ -85,7 +88,7 @@ def _list(as_json: bool) -> int:
                 f"pykvm: {emulator.name} is not installed: sudo apt-get install {' '.join(dict.fromkeys(emulator.packages.values()))}",
                 file=sys.stderr,
             )
-    return 0 if found else 1
+    return 0 if found else 69
 
 
 def _fetch(rest: list[str]) -> int:
@@ -116,6 +119,9 @@ class _Progress:
 def _run(command: list[str], o: dict[str, Any]) -> int:
     from pykvm.hosts.session import boot
 
+    for path in o["put"]:
+        if not os.path.exists(path):
+            raise ConfigError(f"--put {path}: there is no such file")
     progress = _Progress(o["json"])
 
     def show(data: bytes, is_stderr: bool) -> None:
@@ -129,7 +135,12 @@ def _run(command: list[str], o: dict[str, Any]) -> int:
             progress.done()
             done = host.run(command, timeout=o["timeout"], on_output=None if o["json"] else show)
             for path in o["get"]:
-                host.get(path)
+                try:
+                    host.get(path)
+                except HostError as error:
+                    if not done.returncode:
+                        raise
+                    print(f"pykvm: {error}", file=sys.stderr)  # the command's own status tells more
     except TimeoutError as error:
         progress.done()
         print(f"pykvm: {error or 'the host did not boot in time'}", file=sys.stderr)

@@ -1,6 +1,6 @@
 """Runs inside an emulated host as its only process of note: takes commands from the second serial port, sends back what they do.
 
-Standard library and wire.py only; started by the initramfs (image.py) as ``python agent.py TTY DISK TOKEN``.
+Standard library and wire.py only; started by the initramfs (image.py) as ``python agent.py TTY DISK``.
 """
 
 from __future__ import annotations
@@ -25,7 +25,6 @@ else:
     import wire  # it lies beside this file there
 
 BLKFLSBUF = 0x1261  # <linux/fs.h>: forget what the page cache holds of a block device
-OUTBOX = 512 << 20  # where on the exchange disk files for the outside go; pykvm.hosts.session has the same number
 HOME = "/host"
 
 
@@ -93,9 +92,10 @@ class Agent:
         return {"status": 128 - code if code < 0 else code, "killed": killed}
 
     def put(self, request: dict[str, object]) -> dict[str, object]:
-        """A tar from the start of the exchange disk is unpacked below HOME."""
+        """A tar from the exchange disk is unpacked below HOME."""
         with open(self.disk, "rb", buffering=0) as disk:
             fcntl.ioctl(disk, BLKFLSBUF)
+            disk.seek(wire.INBOX)
             data = self._read(disk, int(request["size"]))  # type: ignore[call-overload]
         if hashlib.sha256(data).hexdigest() != request["sha256"]:
             return {"error": "the files came over damaged (checksum)"}
@@ -111,9 +111,9 @@ class Agent:
             archive.add(path, arcname=os.path.basename(path.rstrip("/")))
         data = packed.getvalue()
         with open(self.disk, "r+b", buffering=0) as disk:
-            if OUTBOX + len(data) > disk.seek(0, os.SEEK_END):
+            if wire.OUTBOX + len(data) > disk.seek(0, os.SEEK_END):
                 return {"error": f"{path} has {len(data)} bytes: the exchange disk is full"}
-            disk.seek(OUTBOX)
+            disk.seek(wire.OUTBOX)
             padded = data + bytes(-len(data) % 4096)
             while padded:
                 padded = padded[disk.write(padded) :]
@@ -133,7 +133,9 @@ class Agent:
 
 def main() -> None:
     """Open the line, say READY, serve."""
-    device, disk, token = sys.argv[1:4]
+    device, disk = sys.argv[1:3]
+    with open(disk, "rb", buffering=0) as exchange:
+        token = wire.token_of(exchange.read(4096))
     line = os.open(device, os.O_RDWR | os.O_NOCTTY)
     tty.setraw(line)
     attributes = termios.tcgetattr(line)

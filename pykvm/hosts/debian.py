@@ -9,9 +9,15 @@ from pathlib import Path
 from pykvm.errors import HostError
 from pykvm.hosts.cache import cache_dir, cached
 
-__all__ = ["Kernel", "fetch", "require_commands"]
+__all__ = ["Kernel", "Missing", "fetch", "require_commands"]
 
 META_PACKAGE = "linux-image-cloud-amd64"
+
+
+class Missing(HostError):
+    """What a host is made from is not on this machine: an emulator, a package, a kernel, a CPU model."""
+
+    exit_status = 69
 
 
 class Kernel:
@@ -22,7 +28,7 @@ class Kernel:
         images = sorted(folder.glob("boot/vmlinuz-*"))
         trees = sorted(folder.glob("lib/modules/*/kernel"))
         if not images or not trees:
-            raise HostError(f"{folder} holds no kernel: remove it and run pykvm host fetch")
+            raise Missing(f"{folder} holds no kernel: remove it and run pykvm host fetch")
         self.image, self.modules = images[-1], trees[-1]
         self.version = self.image.name.removeprefix("vmlinuz-")
 
@@ -58,23 +64,23 @@ def _depends(module: Path) -> list[str]:
 
 
 def require_commands(packages: dict[str, str], what: str) -> None:
-    """HostError with one apt line when any command (key) is missing; values are the Debian packages that bring them."""
+    """Missing, with one apt line when any command (key) is missing; values are the Debian packages that bring them."""
     missing = sorted({package for command, package in packages.items() if shutil.which(command) is None})
     if missing:
-        raise HostError(
+        raise Missing(
             f"{what} needs Debian packages that are not installed: sudo apt-get install --no-install-recommends {' '.join(missing)}"
         )
 
 
 def fetch() -> Kernel:
-    """The newest kernel that apt knows, from the cache or the network. Raises HostError with what to do."""
+    """The newest kernel that apt knows, from the cache or the network. Raises Missing with what to do."""
     kept = sorted(cache_dir().glob("linux-image-*"), key=lambda path: path.stat().st_mtime)
     require_commands({"apt-get": "apt", "dpkg": "dpkg"}, "fetching a kernel")
     package = _newest_package()
     if package is None:
         if kept:
             return Kernel(kept[-1])
-        raise HostError(f"apt knows no {META_PACKAGE}: run sudo apt-get update, on a machine that has Debian's package lists")
+        raise Missing(f"apt knows no {META_PACKAGE}: run sudo apt-get update, on a machine that has Debian's package lists")
     return Kernel(cached(package, lambda folder: _download(package, folder)))
 
 
@@ -92,8 +98,8 @@ def _download(package: str, folder: Path) -> None:
     debs = list(folder.glob("*.deb"))
     if got.returncode or not debs:
         last = (got.stderr.strip().splitlines() or ["no message"])[-1]
-        raise HostError(f"apt-get download {package} failed ({last}): check the network, and run sudo apt-get update")
+        raise Missing(f"apt-get download {package} failed ({last}): check the network, and run sudo apt-get update")
     unpacked = subprocess.run(["dpkg", "-x", str(debs[0]), str(folder)], capture_output=True, text=True, check=False)
     if unpacked.returncode:
-        raise HostError(f"{debs[0].name} cannot be unpacked: {unpacked.stderr.strip()}")
+        raise Missing(f"{debs[0].name} cannot be unpacked: {unpacked.stderr.strip()}")
     debs[0].unlink()

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from pykvm.errors import HostError
 from pykvm.hosts.cache import cached
-from pykvm.hosts.debian import Kernel, require_commands
+from pykvm.hosts.debian import Kernel, Missing, require_commands
 
 __all__ = ["ALIASES", "Bochs", "Emulator", "Model", "Qemu", "model_named", "models"]
 
@@ -66,7 +66,7 @@ class Emulator:
     packages: dict[str, str] = {}
 
     def require(self) -> None:
-        """HostError with the apt line when something is not installed."""
+        """Missing, with the apt line, when something is not installed."""
         require_commands(self.packages, f"the {self.name} host")
 
     def installed(self) -> bool:
@@ -199,7 +199,7 @@ def models() -> list[Model]:
 
 
 def model_named(name: str) -> tuple[Emulator, str]:
-    """(emulator, its model) for "amd", "intel" or a model's own name. Raises HostError: unknown, or its emulator is not installed."""
+    """(emulator, its model) for "amd", "intel" or a model's own name. Raises Missing: unknown, or its emulator is not installed."""
     if name in ALIASES:
         emulator = EMULATORS[0] if name == "amd" else EMULATORS[1]
         emulator.require()
@@ -209,8 +209,8 @@ def model_named(name: str) -> tuple[Emulator, str]:
             for model in emulator.models():
                 if model.name == name:
                     if model.virtualization.startswith("none"):
-                        raise HostError(f"{emulator.name}'s model {name} has no hardware virtualization: pykvm host list shows which have")
+                        raise Missing(f"{emulator.name}'s model {name} has no hardware virtualization: pykvm host list shows which have")
                     return emulator, name
     absent = [e.name for e in EMULATORS if not e.installed()]
     hint = f" ({', '.join(absent)} not installed)" if absent else ""
-    raise HostError(f"no emulator offers the CPU model {name!r}{hint}: use amd, intel, or a name from pykvm host list")
+    raise Missing(f"no emulator offers the CPU model {name!r}{hint}: use amd, intel, or a name from pykvm host list")

@@ -24,6 +24,7 @@ from pathlib import Path
 from pykvm.errors import HostError
 from pykvm.hosts.cache import cached
 from pykvm.hosts.debian import Kernel, require_commands
+from pykvm.hosts.wire import EXCHANGE_NAME
 
 __all__ = ["compile_folder", "initramfs", "root_image"]
 
@@ -32,29 +33,40 @@ PACKAGES = (
     "markdown-it-py", "mdurl",
 )  # fmt: skip
 PROGRAMS = ("as", "ld")
+ROOT_LABEL = "pykvm-root"
 MODULES = ("ata_piix", "sd_mod", "irqbypass", "kvm", "kvm_amd", "kvm_intel")
 _SKIP = {"test", "tests", "idlelib", "tkinter", "ensurepip", "turtledemo", "lib2to3", "__pycache__", "site-packages", "pydoc_data"}
-_VERSION = 4  # of the image's layout: part of its cache key
+_VERSION = 5  # of the image's layout: part of its cache key
 
-_INIT = """#!/bin/busybox sh
+# Sets $root and $exchange, or fails. sd probes disks side by side, so their names say nothing: ext4 has its label at 1024 + 120, the
+# exchange disk its name at the start.
+FIND_DISKS = f"""find_disks() {{
+    root= exchange=
+    for disk in "$@"; do
+        name=$(dd if="$disk" bs=4096 count=1 2>/dev/null | head -c {len(EXCHANGE_NAME)} | tr -d '\\000')
+        label=$(dd if="$disk" bs=4096 count=1 2>/dev/null | tail -c +1145 | head -c 16 | tr -d '\\000')
+        if [ "$name" = {EXCHANGE_NAME.decode()} ]; then exchange=$disk; elif [ "$label" = {ROOT_LABEL} ]; then root=$disk; fi
+    done
+    [ -n "$root" ] && [ -n "$exchange" ]
+}}
+"""
+_INIT = f"""#!/bin/busybox sh
 # The first process of an emulated host: mounts, modules, then the agent.
 export PATH=/bin
 /bin/busybox --install -s /bin
 mount -t proc proc /proc; mount -t sysfs sysfs /sys; mount -t devtmpfs dev /dev
-for word in $(cat /proc/cmdline); do case $word in
-    pykvm.token=*) token=${word#*=} ;;
-    pykvm.paging=*) paging=${word#*=} ;;
-esac; done
-fail() { echo "pykvm-host: $1"; sleep 1; poweroff -f; }
+for word in $(cat /proc/cmdline); do case $word in pykvm.paging=*) paging=${{word#*=}} ;; esac; done
+fail() {{ echo "pykvm-host: $1"; sleep 1; poweroff -f; }}
+{FIND_DISKS}
 for module in $(cat /modules/order); do
     case $module in kvm-amd.ko|kvm-intel.ko) continue ;; esac
     insmod /modules/$module || fail "cannot load $module"
 done
 tries=0
-until [ -b /dev/sda ] && [ -b /dev/sdb ]; do
+until find_disks /dev/sd?; do
     tries=$((tries + 1)); [ $tries -gt 300 ] && fail "no disks appeared"; sleep 0.1
 done
-mount -t ext4 -o ro,noload /dev/sda /root || fail "cannot mount the root image"
+mount -t ext4 -o ro,noload $root /root || fail "cannot mount the root image"
 mount -t tmpfs tmpfs /root/host; mount -t tmpfs tmpfs /root/tmp; mount -t tmpfs tmpfs /root/run
 mount -t devtmpfs dev /root/dev; mkdir -p /root/dev/shm /root/dev/pts; mount -t tmpfs tmpfs /root/dev/shm
 mount -t proc proc /root/proc; mount -t sysfs sysfs /root/sys
@@ -62,7 +74,7 @@ mkdir /root/run/agent; cp /agent.py /wire.py /root/run/agent/; cp -r /modules /r
 ifconfig lo 127.0.0.1 up
 chroot /root /bin/sh /bin/pykvm-load-kvm "$paging" || fail "neither kvm_amd nor kvm_intel loads: does this CPU model have virtualization?"
 export HOME=/host TMPDIR=/tmp PYTHONDONTWRITEBYTECODE=1 PYTHONPATH=/host PYTHONNOUSERSITE=1 PATH=/bin
-chroot /root /bin/python3 /run/agent/agent.py /dev/ttyS1 /dev/sdb "$token"
+chroot /root /bin/python3 /run/agent/agent.py /dev/ttyS1 $exchange
 fail "the agent ended"
 """
 
@@ -170,6 +182,8 @@ def _make_root(folder: Path, distributions: dict[str, metadata.Distribution]) ->
             "-q",
             "-t",
             "ext4",
+            "-L",
+            ROOT_LABEL,
             "-O",
             "^has_journal,^metadata_csum",
             "-m",

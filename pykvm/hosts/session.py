@@ -1,6 +1,7 @@
 """A booted host: commands, files, and an end that always comes.
 
-The emulator runs under a small shell that kills it when our end of a pipe closes, so it goes when pykvm goes, however that happens.
+The emulator runs under a small shell that kills it when our end of a pipe closes, so it goes when pykvm goes, however that happens; and
+when both are gone, a second shell removes the session's folder.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import hashlib
 import io
 import os
 import secrets
+import select
 import shutil
 import signal
 import socket
@@ -33,7 +35,6 @@ if TYPE_CHECKING:
 
 __all__ = ["Completed", "Host", "boot"]
 
-OUTBOX = 512 << 20  # the second half of the exchange disk is for files from the host; agent.py has the same number
 EXCHANGE = 1 << 30
 LEAST_MEMORY = 256 * MIB
 CYLINDER = 16 * 63 * 512
@@ -43,6 +44,8 @@ BASE_OPTIONS = "console=ttyS0 panic=-1 quiet random.trust_cpu=on nokaslr"
 # Our pipe is its stdin. Either the emulator ends, or the pipe does and everything in this process group is killed. (A shell gives
 # background commands /dev/null for stdin, hence fd 3.)
 _SUPERVISOR = 'exec 3<&0; (cat <&3 >/dev/null; kill -9 0) & "$@"; status=$?; kill $! 2>/dev/null; exit $status'
+# Its stdin is a pipe that we, the supervisor and the emulator hold: it ends when all of them have, so nobody writes to the folder then.
+_SWEEPER = 'read -r nothing; rm -rf -- "$1"'
 
 
 class Completed:
@@ -92,8 +95,11 @@ class Host:
         self.cpu, self.paging, self.progress = cpu, paging, progress
         self.emulator, self.model = model_named(cpu)
         self._memory, self._cpus, self._append = memory, cpus, append
-        self.folder = Path(tempfile.mkdtemp(prefix="pykvm-host-"))
-        self._token = secrets.token_hex(8)
+        self.folder = Path(tempfile.mkdtemp(prefix="pykvm-host-")).absolute()
+        end, self._held = os.pipe()
+        self._sweeper = subprocess.Popen(["sh", "-c", _SWEEPER, "sh", str(self.folder)], stdin=end, start_new_session=True)
+        os.close(end)
+        self._token = secrets.token_hex(16)
         self._process: subprocess.Popen[bytes] | None = None
         self._line: socket.socket | None = None
         self._decoder = wire.Decoder()
@@ -109,27 +115,20 @@ class Host:
         root, initrd = root_image(), initramfs(kernel)
         exchange = self.folder / "exchange.img"
         with open(exchange, "wb") as disk:
+            disk.write(wire.exchange_header(self._token))
             disk.truncate(-(-EXCHANGE // CYLINDER) * CYLINDER)
         extra = BOCHS_OPTIONS if self.emulator.name == "Bochs" else ""
-        # The token differs each time, so it must not be in what Bochs' CD is cached by: there it is a fixed word.
-        if self.emulator.name == "Bochs":
-            self._token = "bochs"
-        options = " ".join(f"{BASE_OPTIONS} pykvm.token={self._token} pykvm.paging={self.paging} {extra} {self._append}".split())
+        # Bochs' CD is cached by the options, so they hold nothing that differs each time.
+        options = " ".join(f"{BASE_OPTIONS} pykvm.paging={self.paging} {extra} {self._append}".split())
         with socket.socket() as listener:
             listener.bind(("127.0.0.1", 0))
-            listener.listen(1)
+            listener.listen(16)
             plan = Plan(self.folder, kernel, initrd, root, exchange, options, self._memory, self._cpus, listener.getsockname()[1])
             command = self.emulator.command(self.model, plan)
             self.progress(f"starting {self.emulator.name}, model {self.model}")
             self._launch(command)
-            deadline = time.monotonic() + timeout
-            self._accept(listener, deadline)
-        self.progress("booting")
-        kind, payload = self._next_frame(deadline)
-        ready = wire.decode_json(payload)
-        if kind != wire.READY or ready.get("token") != self._token:
-            raise self._error("something that is not our agent answered on the serial line")
-        self.kernel = str(ready.get("kernel"))
+            self.progress("booting")
+            self.kernel = self._await_agent(listener, time.monotonic() + timeout)
         self.progress(f"Linux {self.kernel} is up")
         self._send_pykvm()
 
@@ -138,17 +137,58 @@ class Host:
         try:
             with open(self.folder / "emulator.log", "wb") as log:
                 self._process = subprocess.Popen(
-                    ["sh", "-c", _SUPERVISOR, "sh", *command], stdin=stay, stdout=log, stderr=log, start_new_session=True
+                    ["sh", "-c", _SUPERVISOR, "sh", *command],
+                    stdin=stay,
+                    stdout=log,
+                    stderr=log,
+                    start_new_session=True,
+                    pass_fds=[self._held],
+                    env={**os.environ, "TMPDIR": str(self.folder)},  # QEMU would leave its snapshot file elsewhere when it is killed
                 )
         finally:
             os.close(stay)
 
-    def _accept(self, listener: socket.socket, deadline: float) -> None:
-        listener.settimeout(0.2)
-        while self._line is None:
-            self._check_alive(deadline)
-            with contextlib.suppress(TimeoutError):
-                self._line, _ = listener.accept()
+    def _await_agent(self, listener: socket.socket, deadline: float) -> str:
+        """Until a connection shows the token in its READY: that one is the line. Returns the host's kernel.
+
+        Every user of this machine can connect to the port. Whoever does not know the token is closed, or never listened to.
+        """
+        strangers: dict[socket.socket, wire.Decoder] = {}
+        try:
+            while True:
+                ready, _, _ = select.select([listener, *strangers], [], [], 0.2)
+                if not ready or ready == [listener]:
+                    self._check_alive(deadline)
+                for connection in ready:
+                    if connection is listener:
+                        strangers[listener.accept()[0]] = wire.Decoder()
+                        continue
+                    kernel = self._introduction(connection, strangers[connection])
+                    if kernel is None:
+                        continue
+                    decoder = strangers.pop(connection)
+                    if kernel:
+                        self._line, self._decoder = connection, decoder
+                        return kernel
+                    connection.close()
+        finally:
+            for connection in strangers:
+                connection.close()
+
+    def _introduction(self, connection: socket.socket, decoder: wire.Decoder) -> str | None:
+        """The kernel's version from a READY with the token; "" for a stranger or a closed connection; None if there is no frame yet."""
+        try:
+            data = connection.recv(4096)
+        except OSError:
+            data = b""
+        if not data:
+            return ""
+        for kind, payload in decoder.feed(data):
+            ready = wire.decode_json(payload)
+            if kind == wire.READY and secrets.compare_digest(str(ready.get("token")).encode(), self._token.encode()):
+                return str(ready.get("kernel"))
+            return ""
+        return None
 
     def _send_pykvm(self) -> None:
         """This very pykvm, so that what is tested is what is here; compiled, since an emulated CPU takes seconds for that."""
@@ -271,10 +311,11 @@ class Host:
         with tarfile.open(fileobj=packed, mode="w") as archive:
             fill(archive)
         data = packed.getvalue()
-        if len(data) > OUTBOX:
-            raise HostError(f"{len(data)} bytes do not fit on the exchange disk, which takes {OUTBOX} at a time")
+        if len(data) > (room := wire.OUTBOX - wire.INBOX):
+            raise HostError(f"{len(data)} bytes do not fit on the exchange disk, which takes {room} at a time")
         try:
             with open(self.folder / "exchange.img", "r+b") as disk:
+                disk.seek(wire.INBOX)
                 disk.write(data)
         except OSError as error:
             raise HostError(f"the exchange disk cannot be written: {error.strerror}: is {self.folder.parent} full?") from None
@@ -284,7 +325,7 @@ class Host:
         """Copy a file or folder from the host (relative to /host) into the folder ``target``."""
         answer = self._answered({"op": "get", "path": path}, f"copying {path} out")
         with open(self.folder / "exchange.img", "rb") as disk:
-            disk.seek(OUTBOX)
+            disk.seek(wire.OUTBOX)
             data = disk.read(int(answer["size"]))
         if hashlib.sha256(data).hexdigest() != answer["sha256"]:
             raise self._error(f"{path} came over damaged (checksum)")
@@ -314,6 +355,9 @@ class Host:
             self._process.wait()
             os.close(self._pipe)
         shutil.rmtree(self.folder, ignore_errors=True)
+        self._sweeper.kill()
+        self._sweeper.wait()
+        os.close(self._held)
 
     def __repr__(self) -> str:
         return f"<Host {self.cpu} ({self.emulator.name}, {self.model}), paging {self.paging}, {self._memory // MIB}M>"

@@ -1,7 +1,10 @@
-"""Frames on a serial line: what the agent in a host and pykvm outside say to each other.
+"""Frames on a serial line, and where things are on the exchange disk: what the agent in a host and pykvm outside agree on.
 
 A frame is the magic, a kind (one byte), the payload's length, the payload, and a CRC-32 of kind, length and payload. Whatever is not a
 frame (a kernel message, line noise) is skipped, so it cannot be mistaken for one. Used on both sides; imports the standard library only.
+
+The exchange disk begins with a header that names it and holds the session's secret token, which the agent shows in READY: only who can
+read the disk, which lies in a folder of the user's own, is taken for the agent. Files for the host follow, files from it are at OUTBOX.
 """
 
 from __future__ import annotations
@@ -15,12 +18,15 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from typing import Any
 
-__all__ = ["Decoder", "decode_json", "encode", "encode_json"]
+__all__ = ["Decoder", "decode_json", "encode", "encode_json", "exchange_header", "token_of"]
 
 MAGIC = b"\xf5pK\xfa"
 _HEAD = struct.Struct("<BI")
 _CRC = struct.Struct("<I")
 MAX_PAYLOAD = 1 << 20
+
+EXCHANGE_NAME = b"pykvm-exchange"  # image.py's init knows the disk by it
+INBOX, OUTBOX = 4096, 512 << 20
 
 # Kinds. Host to agent: COMMAND, KILL. Agent to host: READY, STDOUT, STDERR, RESULT.
 COMMAND, KILL, READY, STDOUT, STDERR, RESULT = b"CKROEX"
@@ -46,6 +52,19 @@ def decode_json(payload: bytes) -> dict[str, Any]:
     except (ValueError, RecursionError):
         return {}
     return value if isinstance(value, dict) else {}
+
+
+def exchange_header(token: str) -> bytes:
+    """What the exchange disk begins with."""
+    return EXCHANGE_NAME + b"\n" + token.encode() + b"\n"
+
+
+def token_of(header: bytes) -> str:
+    """The token in it. ValueError for another disk."""
+    name, token, *_ = [*header.split(b"\n", 2), b"", b""]
+    if name != EXCHANGE_NAME or not token:
+        raise ValueError("this is not the exchange disk")
+    return token.decode()
 
 
 class Decoder:

@@ -9,7 +9,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from pykvm.hosts import image, wire
-from pykvm.hosts.wire import MAGIC, MAX_PAYLOAD, Decoder, decode_json, encode, encode_json
+from pykvm.hosts.wire import MAGIC, MAX_PAYLOAD, Decoder, decode_json, encode, encode_json, exchange_header, token_of
 
 frames = st.lists(st.tuples(st.integers(0, 255), st.binary(max_size=60)), max_size=8)
 MAGICAL = st.lists(st.sampled_from([*(MAGIC[i : i + 1] for i in range(4)), MAGIC, b"\0\0\0\0", b"K", b"\x01"]), max_size=30).map(b"".join)
@@ -151,6 +151,22 @@ def test_json_that_is_no_object(payload):
 @given(st.binary(max_size=60))
 def test_json_of_any_bytes(payload):
     assert isinstance(decode_json(payload), dict)
+
+
+# --- the exchange disk ------------------------------------------------------------------------------------------------
+
+
+def test_the_token_comes_back_from_the_header():
+    header = exchange_header("0123456789abcdef")
+    assert token_of(header.ljust(wire.INBOX, b"\0")) == "0123456789abcdef"
+    assert len(header) <= 512 < wire.INBOX < wire.OUTBOX
+
+
+@given(st.binary(max_size=60))
+def test_another_disk_has_no_token(data):
+    for header in (data, wire.EXCHANGE_NAME + data.replace(b"\n", b""), wire.EXCHANGE_NAME + b"\n\n" + data):
+        with pytest.raises(ValueError, match="not the exchange disk"):
+            token_of(header)
 
 
 # --- the initramfs ---------------------------------------------------------------------------------------------------
