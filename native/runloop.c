@@ -670,8 +670,11 @@ uint64_t pykvm_step(uint64_t reply)
 
 	if (!v)
 		return PYKVM_NO_SESSION;
-	if (v->reply_size && !v->stashed)
+	if (v->reply_size && !v->stashed) {
+		if (v->reply_size < 8 && reply >> 8 * v->reply_size)
+			return PYKVM_BAD_REPLY;
 		answer(v, reply);
+	}
 	return run_on(v);
 }
 

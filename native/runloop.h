@@ -25,9 +25,10 @@ enum {
 	PYKVM_DRAIN = 6,	/* empty the record ring and the sinks, then step again */
 };
 
-/* The low half of that word names an access. Python gives those it meets a slot, 1 to 254; from then on step() returns
+/* The low half of that word names an access. Python gives those it meets a slot, 1 to 253; from then on step() returns
  * slot | value << 8, small enough to cost Python next to nothing. 0 means: look at last. */
 #define PYKVM_NO_SESSION 255	/* a slot that is never given: this thread runs no vCPU */
+#define PYKVM_BAD_REPLY 254	/* nor is this one: the reply has more bits than the access */
 #define PYKVM_HOT 64		/* places, a power of two */
 struct pykvm_hot {
 	uint32_t key;

@@ -28,6 +28,7 @@ __all__ = [
     "EINTR",
     "EIO",
     "NULL",
+    "Array",
     "Struct",
     "capability",
     "ffi",
@@ -88,11 +89,11 @@ class Struct:
 
     def __getattr__(self, name: str) -> Any:
         value = getattr(self.cdata, name)
-        if type(value) is int:
-            return value
-        return Struct(value, self._owner) if isinstance(value, _CData) and _typeof(value).kind in _NESTED else value
+        return value if type(value) is int else _wrapped(value, self._owner)
 
     def __setattr__(self, name: str, value: Any) -> None:
+        if isinstance(value, Array):
+            value = list(value.cdata)
         setattr(self.cdata, name, value if type(value) is int else value._pointer()[0] if isinstance(value, Struct) else value)
 
     def _pointer(self) -> Any:
@@ -125,13 +126,55 @@ class Struct:
         def show(value: Any) -> str:
             if isinstance(value, int):
                 return hex(value) if value > 9 else str(value)
-            if isinstance(value, ffi.CData) and ffi.typeof(value).kind == "array":
-                return f"<{len(value)} items>"
-            return repr(value)
+            return f"<{len(value)} items>" if isinstance(value, Array) else repr(value)
 
         kind = ffi.typeof(self.cdata)
         name = (kind.item if kind.kind == "pointer" else kind).cname.removeprefix("struct ")
         return f"<{name} {' '.join(f'{field}={show(value)}' for field, value in self.fields() if field != 'padding')}>"
+
+
+class Array:
+    """An array inside a ``Struct``: indexed, assigned to by element, iterated; keeps the structure alive that it is part of."""
+
+    __slots__ = ("_owner", "cdata")
+
+    def __init__(self, cdata: Any, owner: Any) -> None:
+        self.cdata, self._owner = cdata, owner
+
+    def __len__(self) -> int:
+        return len(self.cdata)
+
+    def __getitem__(self, index: int | slice) -> Any:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        value = self.cdata[range(len(self))[index]]
+        return value if type(value) is int else _wrapped(value, self._owner)
+
+    def __setitem__(self, index: int, value: Any) -> None:
+        self.cdata[range(len(self))[index]] = value._pointer()[0] if isinstance(value, Struct) else value
+
+    def __iter__(self) -> Iterator[Any]:
+        return (self[i] for i in range(len(self)))
+
+    def to_bytes(self) -> bytes:
+        """The array as it lies in memory."""
+        return bytes(ffi.buffer(self.cdata))
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Array) and self.to_bytes() == other.to_bytes()
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __repr__(self) -> str:
+        return f"<{ffi.typeof(self.cdata).cname} {self.to_bytes()[:64].hex(' ', 8)}{' ...' if ffi.sizeof(self.cdata) > 64 else ''}>"
+
+
+def _wrapped(value: Any, owner: Any) -> Any:
+    """What is inside a structure belongs to it: it must not outlive ``owner``."""
+    if not isinstance(value, _CData):
+        return value
+    kind = _typeof(value).kind
+    return Struct(value, owner) if kind in _NESTED else Array(value, owner) if kind == "array" else value
 
 
 # A start makes a dozen of these, each right after the kernel has emptied the caches: every lookup saved can be measured.

@@ -52,7 +52,9 @@ class Native:
 
     @classmethod
     def constant(cls, value: int) -> Native:
-        """Reads give ``value``, writes vanish."""
+        """Reads give ``value``, 0 to 2**64 - 1, cut to the access's size; writes vanish."""
+        if not 0 <= value < 1 << 64:
+            raise ConfigError(f"a constant of 64 bits, please, not {value}")
         return cls("constant", value)
 
     @classmethod

@@ -46,7 +46,7 @@ from pykvm.result import Result
 from pykvm.runner import WATCHFUL, Runner, Stop
 from pykvm.smp import VcpuGroup
 from pykvm.system import System
-from pykvm.units import PAGE_SIZE, parse_address, parse_size
+from pykvm.units import PAGE_SIZE, format_size, parse_address, parse_size
 from pykvm.x86.modes import mode_named
 
 TYPE_CHECKING = False
@@ -70,6 +70,7 @@ __all__ = ["Machine", "Result"]
 
 DEFAULT_MEMORY = "16M"
 IRQCHIPS = ("none", "kernel", "split")
+LARGEST_IMAGE = 256 << 20  # bytes of a file; more RAM than that a bss gives
 MAX_CPUS = 254  # 8-bit APIC ids, less the broadcast and the IOAPIC's
 
 
@@ -122,24 +123,29 @@ class Machine:
         self.info = peek(self.data, path, mode)
         note = self.info.note
         self.strict = strict
-        size = parse_size(memory if memory is not None else note.get("memory", DEFAULT_MEMORY))
-        _check_memory_size(size)
+        with self._blames_image(memory is None):
+            size = parse_size(memory if memory is not None else note.get("memory", DEFAULT_MEMORY))
+            _check_memory_size(size)
         start_mode = mode_named(self.info.mode)
-        self.cpus = _check_cpus(int(note.get("cpus", "1")) if cpus is None else cpus)
-        chip = irqchip or note.get("irqchip") or ("none" if self.cpus == 1 else "kernel")
-        _check_irqchip(chip, self.cpus)
+        with self._blames_image(cpus is None and irqchip is None):
+            self.cpus = _check_cpus(note.get("cpus", "1") if cpus is None else cpus)
+            chip = irqchip or note.get("irqchip") or ("none" if self.cpus == 1 else "kernel")
+            _check_irqchip(chip, self.cpus)
         self._own_system = system is None
         self.system = System() if system is None else system
         self.memory = GuestMemory()
         try:
-            self.memory = GuestMemory.of_size(size, backing)
+            with self._blames_image(memory is None):
+                self.memory = GuestMemory.of_size(size, backing)
             self.vm = self.system.create_vm()
             self._add_irqchip(chip)
             self.vm.add_memory(self.memory)
             self.boot = load(self.info, self.data, self.memory, entry)
             self._write_command_line(append)
-            self._add_vcpus(cpu or note.get("cpu"))
-            start_mode.apply(self.vcpu, self.memory, self.boot.entry, self.boot.registers)
+            with self._blames_image(cpu is None):
+                self._add_vcpus(cpu or note.get("cpu"))
+            with self._blames_image(entry is None and mode == "auto"):
+                start_mode.apply(self.vcpu, self.memory, self.boot.entry, self.boot.registers)
             self.console = Console(on_output=on_output)
             self.bus = Bus()
             self._add_platform(poll_input)
@@ -152,6 +158,10 @@ class Machine:
             raise
 
     # --- wiring ------------------------------------------------------------------------------------------------------
+
+    def _blames_image(self, asked: bool) -> _BlamesImage:
+        """Turns a ConfigError into a GuestImageError where it was the image that ``asked`` for what cannot be."""
+        return _BlamesImage(self.info.path if asked else None)
 
     def _add_irqchip(self, chip: str) -> None:
         if chip == "kernel":
@@ -237,7 +247,8 @@ class Machine:
         pio.add(RESET_CONTROL, 1, ResetControl(self.stop))
         pio.add(KBD_DATA, 5, KeyboardController(self.stop))
         pio.add(SCRATCH_PORT, 8, Scratch(8))
-        pio.add(EXCEPTION_REPORT, 4, ExceptionReport(self.stop))
+        if self.info.mode == "user":
+            pio.add(EXCEPTION_REPORT, 4, ExceptionReport(self.stop))
         self.bus.mmio.add(SCRATCH_GPA, PAGE_SIZE, Scratch(PAGE_SIZE))
         if self.ioapic is not None:
             self.bus.mmio.add(IOAPIC_GPA, PAGE_SIZE, self.ioapic)
@@ -249,11 +260,9 @@ class Machine:
         wanted = self.info.note.get("rom")
         if wanted:
             gpa, _, size = wanted.partition(":")
-            try:
+            with self._blames_image(True):
                 slot = self.add_memory(parse_address(gpa), parse_size(size), readonly=True)
-            except ConfigError as error:
-                raise GuestImageError(self.info.path, None, f"the rom that its pykvm note asks for: {error}") from None
-            self.bus.mmio.add(slot.gpa, slot.size, Rom(), native=Native.IGNORE)
+                self.bus.mmio.add(slot.gpa, slot.size, Rom(), native=Native.IGNORE)
 
     def add_device(
         self,
@@ -323,10 +332,12 @@ class Machine:
         """Give a slot other host memory with the same content (GuestMemory.replace); the guest cannot tell. No vCPU may be in the guest."""
         if self.cpus > 1 and not self.group.paused:
             raise ConfigError("other vCPUs may be using the slot: pause() the machine first")
-        new = self.memory.replace(slot)
-        self.vm.remove_slot(new)
-        self.vm.add_slot(new)
-        return new
+        self.vm.remove_slot(slot)
+        try:
+            slot = self.memory.replace(slot)
+        finally:
+            self.vm.add_slot(slot)
+        return slot
 
     # --- interrupts, hypercalls, MSRs --------------------------------------------------------------------------------
 
@@ -489,9 +500,9 @@ class Machine:
 
     def close(self) -> None:
         """Close vCPU, VM and /dev/kvm, then let go of the memory."""
-        self._closed = True
         if hasattr(self, "vm"):
             self.vm.close()
+        self._closed = True
         if self._services is not None:
             self._services.close()
         self.memory.close()
@@ -510,22 +521,44 @@ class Machine:
         return f"<Machine {name}: {self.info.mode} mode, {self.memory!r}, {state}>"
 
 
+class _BlamesImage:
+    """See Machine._blames_image(). (contextlib would be one more import for each start.)"""
+
+    def __init__(self, path: str | None) -> None:
+        self._path = path
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, tb: TracebackType | None) -> None:
+        if self._path is not None and isinstance(value, ConfigError) and not isinstance(value, GuestImageError):
+            raise GuestImageError(self._path, None, f"it cannot have what it asks for: {value}") from None
+
+
 def _read_image(image: str | os.PathLike[str] | bytes) -> tuple[bytes, str]:
     if isinstance(image, bytes):
         return image, "image"
     name = os.fspath(image)
-    path = gallery.find(name) if isinstance(image, str) and "/" not in name and not os.path.exists(name) else name
+    path = gallery.find(name) if isinstance(image, str) and "/" not in name and not os.path.isfile(name) else name
     try:
         with open(path, "rb") as file:
-            return file.read(), path
+            size = os.fstat(file.fileno()).st_size
+            if size <= LARGEST_IMAGE:  # of a pipe or a device, 0: read on until it is too much
+                data = file.read(LARGEST_IMAGE + 1)
+                if len(data) <= LARGEST_IMAGE:
+                    return data, path
+                size = len(data)
     except OSError as error:
         raise GuestImageError(path, None, f"cannot be read: {error.strerror}") from None
+    raise GuestImageError(path, None, f"it has {size} bytes or more; pykvm loads images of up to {format_size(LARGEST_IMAGE)}: is it one?")
 
 
-def _check_cpus(cpus: int) -> int:
-    if not 1 <= cpus <= MAX_CPUS:
+def _check_cpus(cpus: int | str) -> int:
+    if isinstance(cpus, str) and not (cpus.isascii() and cpus.isdigit()):
+        raise ConfigError(f"{cpus!r} vCPUs: give a number from 1 to {MAX_CPUS}")
+    if not 1 <= int(cpus) <= MAX_CPUS:
         raise ConfigError(f"{cpus} vCPUs: a machine has 1 to {MAX_CPUS}")
-    return cpus
+    return int(cpus)
 
 
 def _check_irqchip(chip: str, cpus: int) -> None:

@@ -13,7 +13,7 @@ from bisect import bisect_right
 from pykvm.abi import ffi
 from pykvm.errors import ConfigError, GuestMemoryError, MemSlotError
 from pykvm.platform import MMIO_HOLE, MMIO_HOLE_END
-from pykvm.units import PAGE_SIZE, format_size, parse_size
+from pykvm.units import MIB, PAGE_SIZE, format_size, parse_size
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -37,17 +37,41 @@ GPA_LIMIT = 1 << 52
 class MemSlot:
     """One memslot: ``size`` bytes of host memory at guest physical address ``gpa``.
 
-    ``id`` is its slot number in KVM, ``backing`` says where the bytes come from ("anonymous", "memfd", "hugetlb" or a path),
+    ``id`` numbers it within its GuestMemory, ``backing`` says where the bytes come from ("anonymous", "memfd", "hugetlb" or a path),
     ``readonly`` that a guest's write exits as MMIO (KVM_CAP_READONLY_MEM), ``hva`` its host virtual address, ``fd`` the memfd, which
     another process may map too, else -1.
     """
 
-    __slots__ = ("backing", "fd", "gpa", "hva", "id", "map", "readonly", "size")
+    __slots__ = ("_closing", "_users", "backing", "fd", "gpa", "hva", "id", "map", "readonly", "size")
 
     def __init__(self, id: int, gpa: int, size: int, backing: str, readonly: bool, map: mmap.mmap, fd: int) -> None:
+        self._users, self._closing = 0, False
         self.id, self.gpa, self.size = id, gpa, size
         self.backing, self.readonly, self.map, self.fd = backing, readonly, map, fd
         self.hva = int(ffi.cast("uintptr_t", ffi.from_buffer(map)))
+
+    def retain(self) -> None:
+        """A VM has it: the mapping must stay."""
+        self._users += 1
+
+    def release(self) -> None:
+        """A VM has let go of it."""
+        self._users -= 1
+        if self._closing:
+            self.close()
+
+    def close(self) -> None:
+        """Unmap it, as soon as no VM and no numpy view uses it."""
+        self._closing = True
+        if self._users:
+            return
+        if self.fd >= 0:
+            os.close(self.fd)
+            self.fd = -1
+        try:
+            self.map.close()
+        except BufferError:
+            pass  # a numpy view still uses it: the mapping goes with the last reference
 
     def __repr__(self) -> str:
         flags = " readonly" if self.readonly else ""
@@ -69,7 +93,6 @@ class GuestMemory:
     def __init__(self) -> None:
         self._slots: list[MemSlot] = []
         self._starts: list[int] = []
-        self._next_id = 0
 
     @classmethod
     def of_size(cls, size: int | str, backing: Backing = "anonymous") -> GuestMemory:
@@ -115,23 +138,24 @@ class GuestMemory:
             if gpa < other.gpa + other.size and other.gpa < gpa + size:
                 raise MemSlotError(f"gpa {gpa:#x}-{gpa + size - 1:#x} overlaps {other!r}: move one of the two, or make it smaller")
         mapping, fd = _map(size, backing, shared, readonly, offset)
-        slot = MemSlot(self._next_id, gpa, size, os.fspath(backing), readonly, mapping, fd)
-        self._next_id += 1
+        numbers = {other.id for other in self._slots}
+        number = next(n for n in range(len(numbers) + 1) if n not in numbers)
+        slot = MemSlot(number, gpa, size, os.fspath(backing), readonly, mapping, fd)
         at = bisect_right(self._starts, gpa)
         self._slots.insert(at, slot)
         self._starts.insert(at, gpa)
         return slot
 
     def remove(self, slot: MemSlot) -> None:
-        """Unmap a slot (KVM must have let go of it: VM.remove_slot). Views into it keep its bytes alive."""
+        """Unmap a slot. VMs that have it (VM.remove_slot takes it away) and views into it keep its bytes alive."""
         at = self._slots.index(slot)
         del self._slots[at], self._starts[at]
-        _unmap(slot)
+        slot.close()
 
     def replace(self, slot: MemSlot) -> MemSlot:
         """Other host memory with the same content for an anonymous or memfd ``slot``: same id, gpa and size, another hva.
 
-        The old mapping goes when the last view of it goes; such views see the guest no more. KVM has to be told (Machine.move_slot).
+        Views of the old memory see the guest no more. KVM has to be told (Machine.move_slot).
         """
         if slot.backing not in ("anonymous", "memfd", "hugetlb"):
             raise ConfigError(f"{slot!r} is a mapped file: its content belongs where it is")
@@ -139,7 +163,7 @@ class GuestMemory:
         mapping[:] = slot.map[:]
         new = MemSlot(slot.id, slot.gpa, slot.size, slot.backing, slot.readonly, mapping, fd)
         self._slots[self._slots.index(slot)] = new
-        _unmap(slot)
+        slot.close()
         return new
 
     @property
@@ -268,6 +292,20 @@ class GuestMemory:
         """Write a little-endian 64-bit integer; the value is taken modulo 2**64."""
         self.write(gpa, (value & 0xFFFFFFFFFFFFFFFF).to_bytes(8, "little"))
 
+    def clear(self, gpa: int, size: int) -> None:
+        """Make ``size`` bytes from ``gpa`` zero. Whole pages of anonymous memory are given back to the host rather than written."""
+        if not self.contains(gpa, size):
+            raise GuestMemoryError(gpa, size, self._why(gpa, size))
+        for slot, offset, n in self._pieces(gpa, size):
+            _check_writable(slot, gpa, size)
+            first, last = -(-offset // PAGE_SIZE) * PAGE_SIZE, (offset + n) // PAGE_SIZE * PAGE_SIZE
+            if slot.backing != "anonymous" or first >= last:
+                _fill_zeros(slot.map, offset, n)
+                continue
+            _fill_zeros(slot.map, offset, first - offset)
+            slot.map.madvise(mmap.MADV_DONTNEED, first, last - first)
+            _fill_zeros(slot.map, last, offset + n - last)
+
     # --- numpy -------------------------------------------------------------------------------------------------------
 
     def view(self, gpa: int, shape: int | tuple[int, ...], dtype: DTypeLike = "u1") -> np.ndarray[Any, Any]:
@@ -303,7 +341,7 @@ class GuestMemory:
     def close(self) -> None:
         """Unmap all slots; those that numpy views still use go when the last view goes."""
         for slot in self._slots:
-            _unmap(slot)
+            slot.close()
         self._slots.clear()
         self._starts.clear()
 
@@ -315,6 +353,16 @@ class GuestMemory:
 
     def __repr__(self) -> str:
         return f"<GuestMemory {format_size(self.size)} in {len(self._slots)} slot{'s' * (len(self._slots) != 1)}>"
+
+
+def _fill_zeros(mapping: mmap.mmap, offset: int, size: int) -> None:
+    """In pieces: a large bss must not become a large bytes object. Zeros that are there already stay untouched."""
+    piece = bytes(min(size, MIB))
+    while size:
+        n = min(size, len(piece))
+        if mapping[offset : offset + n] != piece[:n]:
+            mapping[offset : offset + n] = piece[:n]
+        offset, size = offset + n, size - n
 
 
 def _check_writable(slot: MemSlot, gpa: int, size: int) -> None:
@@ -376,6 +424,9 @@ def _map(size: int, backing: str | os.PathLike[str], shared: bool, readonly: boo
         else:
             access = mmap.ACCESS_READ if readonly else mmap.ACCESS_COPY
         mapping = mmap.mmap(fd, size, access=access, offset=offset)
+    except OSError as error:
+        os.close(fd)
+        raise ConfigError(f"{os.fspath(backing)} cannot be mapped: {error.strerror}; is it a file?") from error
     except BaseException:
         os.close(fd)
         raise
@@ -383,13 +434,3 @@ def _map(size: int, backing: str | os.PathLike[str], shared: bool, readonly: boo
         os.close(fd)
         fd = -1
     return mapping, fd
-
-
-def _unmap(slot: MemSlot) -> None:
-    if slot.fd >= 0:
-        os.close(slot.fd)
-        slot.fd = -1
-    try:
-        slot.map.close()
-    except BufferError:
-        pass  # a numpy view still uses it: the mapping goes with the last reference

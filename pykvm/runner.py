@@ -39,7 +39,7 @@ WATCHFUL = 0.02  # the same where HLT does not exit: a guest that halts for good
 SHORTEST = 1e-3  # seconds between two ticks: a timer as fast as its own signal's handler would leave no time for anything else
 _SINK_SIZE = 4096
 _ERROR = lib.PYKVM_ERROR
-_FIRST_WRITE = 128  # slots 1 to 127 are reads, 128 to 255 writes
+_FIRST_WRITE = 128  # slots 1 to 127 are reads, 128 to 253 writes
 
 
 class Stop:
@@ -70,6 +70,10 @@ def _guarded(method: Any, lock: Any) -> Any:
     return guarded
 
 
+def _bad_reply(offset: int, size: int, value: int) -> None:
+    raise TypeError("a device answered a read with more bits than the guest has read")
+
+
 class Runner:
     """Runs one vCPU against a bus.
 
@@ -98,7 +102,9 @@ class Runner:
         self.on_heartbeat: Callable[[], None] | None = None
         self._deadline: float | None = None
         self._stop: Stop | None = None
-        self._handlers: list[tuple[Any, int, int]] = [(None, 0, 0)] * 255 + [(_no_session, 0, 0)]  # slot -> (method, offset, size)
+        self._handlers: list[tuple[Any, int, int]] = [  # slot -> (method, offset, size)
+            *[(None, 0, 0)] * lib.PYKVM_BAD_REPLY, (_bad_reply, 0, 0), (_no_session, 0, 0)
+        ]  # fmt: skip
         self._slots: dict[int, int] = {}  # name of an access -> its slot
         self._ranges: list[Range] = []
         self._table: list[Any] = []  # cffi objects that the native table is made of
@@ -261,7 +267,7 @@ class Runner:
         slot = self._slots.get(name)
         if slot is None:
             used = sum((s >= _FIRST_WRITE) == is_write for s in self._slots.values())
-            if used >= 127:
+            if used >= 126:
                 return  # a guest that touches so many registers pays a little more for the rest
             slot = (_FIRST_WRITE if is_write else 1) + used
             self._slots[name] = slot

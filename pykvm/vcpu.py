@@ -41,10 +41,12 @@ class VCPU:
         self.fd = -1
         self._sync_regs = vm.sync_regs
         self._vm_coalesced_page = vm.coalesced_page
-        # What native/runloop.c knows of this vCPU, at the start of a page of its own; the run loop's table shares the page.
-        self.arena: Any = ffi.new("char[]", 2 * PAGE_SIZE)
-        start = -int(ffi.cast("uintptr_t", self.arena)) % PAGE_SIZE
-        self.native: Any = ffi.cast("struct pykvm_vcpu *", self.arena + start)
+        self._vm = vm.handle  # the VM's fd and memory stay while this vCPU does
+        # What native/runloop.c knows of this vCPU, at the start of a page of its own; the run loop's table shares the page. Whoever has
+        # ``native`` keeps the page.
+        arena = ffi.new("char[]", 2 * PAGE_SIZE)
+        start = -int(ffi.cast("uintptr_t", arena)) % PAGE_SIZE
+        self.native: Any = ffi.gc(ffi.cast("struct pykvm_vcpu *", arena + start), lambda _, arena=arena: None)
         self.lent: object = None  # what a Runner had ``native`` point at: it must live as long
         fd = ioctl_value(vm.fd, "KVM_CREATE_VCPU", id, f"vCPU {id}")
         self.fd = fd
@@ -271,6 +273,10 @@ class VCPU:
     def _close(self, force: int) -> None:
         if self.fd >= 0:
             if lib.pykvm_unmap_run(self.native, force):
+                from _thread import get_native_id
+
+                if self.native.tid == get_native_id():
+                    raise ConfigError(f"vCPU {self.id} waits for the device that wants to close it: stop() the run, and close it then")
                 raise ConfigError(f"vCPU {self.id} is running in another thread: stop that run before closing")
             fd, self.fd = self.fd, -1
             os.close(fd)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 
 from pykvm.abi import Struct, capability, ffi, flexible, ioctl, ioctl_value, lib, new
-from pykvm.errors import CapabilityError
+from pykvm.errors import CapabilityError, ConfigError
 from pykvm.platform import IDENTITY_MAP_GPA, TSS_ADDR_GPA
 from pykvm.units import format_size
 from pykvm.vcpu import VCPU
@@ -23,6 +23,26 @@ if TYPE_CHECKING:
 __all__ = ["VM"]
 
 
+class VmHandle:
+    """The fd of a VM and the memory that KVM has of it. VM and VCPU objects share it: it goes when the last of them does."""
+
+    def __init__(self, fd: int) -> None:
+        self.fd = fd
+        self.slots: dict[int, MemSlot] = {}  # by KVM's number
+
+    def close(self) -> None:
+        """Close the fd, then let go of the memory."""
+        if self.fd >= 0:
+            fd, self.fd = self.fd, -1
+            os.close(fd)
+            for slot in self.slots.values():
+                slot.release()
+            self.slots.clear()
+
+    def __del__(self) -> None:
+        self.close()
+
+
 class VM:
     """A VM fd, a context manager; made by ``System.create_vm()``.
 
@@ -30,19 +50,19 @@ class VM:
     ...     vm.add_memory(ram)
     ...     vcpu = vm.create_vcpu()
 
-    Closing it closes its vCPUs first. Guest memory belongs to the caller and must outlive the VM.
+    Closing it closes its vCPUs first. Guest memory belongs to the caller; what KVM has of it stays mapped until the VM is closed or the
+    slot removed, whatever the caller does.
     """
 
     def __init__(self, system: System) -> None:
         self.system = system
-        self.fd = -1
         self.vcpus: list[VCPU] = []
         self.memory: GuestMemory | None = None
         self.irqchip: Literal["none", "kernel", "split"] = "none"
         self._run_size = system.get_vcpu_mmap_size()
         self.sync_regs = system.check_extension("KVM_CAP_SYNC_REGS")
         self.coalesced_page = system.check_extension("KVM_CAP_COALESCED_MMIO")  # where in the kvm_run area its ring is
-        self.fd = ioctl_value(system.fd, "KVM_CREATE_VM", 0)
+        self.handle = VmHandle(ioctl_value(system.fd, "KVM_CREATE_VM", 0))
         try:
             # Hosts without unrestricted guest run real mode in a virtual-8086 task: it needs a TSS and an identity map
             # in the guest's address space (api.rst 4.36, 4.40). Harmless elsewhere.
@@ -51,6 +71,11 @@ class VM:
         except BaseException:
             self.close()
             raise
+
+    @property
+    def fd(self) -> int:
+        """The file descriptor, -1 once it is closed."""
+        return self.handle.fd
 
     # --- memory ------------------------------------------------------------------------------------------------------
 
@@ -67,11 +92,20 @@ class VM:
             if not self.check_extension("KVM_CAP_READONLY_MEM"):
                 raise CapabilityError("KVM_CAP_READONLY_MEM", f"the read-only {slot!r}")
             flags = lib.KVM_MEM_READONLY
-        self.set_user_memory_region(slot.id, flags, slot.gpa, slot.size, slot.hva)
+        slots = self.handle.slots
+        number = next(n for n in range(len(slots) + 1) if n not in slots)
+        self.set_user_memory_region(number, flags, slot.gpa, slot.size, slot.hva)
+        slots[number] = slot
+        slot.retain()
 
     def remove_slot(self, slot: MemSlot) -> None:
         """Take a slot away from the guest: a region of size 0."""
-        self.set_user_memory_region(slot.id, 0, slot.gpa, 0, slot.hva)
+        number = next((n for n, known in self.handle.slots.items() if known is slot), None)
+        if number is None:
+            raise ConfigError(f"{slot!r} is none of this VM's{'; it is closed' if self.fd < 0 else ''}")
+        self.set_user_memory_region(number, 0, slot.gpa, 0, slot.hva)
+        del self.handle.slots[number]
+        slot.release()
 
     def set_user_memory_region(self, slot: int, flags: int, gpa: int, size: int, hva: int) -> None:
         """KVM_SET_USER_MEMORY_REGION (api.rst 4.35): ``size`` bytes at host address ``hva`` become the guest's ``gpa``."""
@@ -239,17 +273,12 @@ class VM:
         """Close the vCPUs, then the VM."""
         for vcpu in self.vcpus:
             vcpu.close()
-        if self.fd >= 0:
-            os.close(self.fd)
-            self.fd = -1
+        self.handle.close()
 
     def __enter__(self) -> VM:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, tb: TracebackType | None) -> None:
-        self.close()
-
-    def __del__(self) -> None:
         self.close()
 
     def __repr__(self) -> str:

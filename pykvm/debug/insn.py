@@ -63,11 +63,18 @@ def _out(view: CpuView, exit: exits.IoOut) -> int | None:
     string = _String(view)
     if dx == port and string.is_rep(_OUTS) and string.size == exit.size and string.read_last() == exit.data[-exit.size :]:
         return view.rip
-    if port != 0x7E and not out_leaves_rip_past("user" if view.cpl == 3 else view.mode):
+    if port != 0x7E and not out_leaves_rip_past(_probed_mode(view)):
         here = disassemble(view.read(view.rip, _LONGEST), view.rip, view.bits, 1)
         if here and here[0].mnemonic == "out" and is_it(here[0]):
             return view.rip
     return _ending_at(view, is_it)
+
+
+def _probed_mode(view: CpuView) -> str:
+    """The mode whose probe tells about this one: 32-bit code runs, or is emulated, as in protected mode."""
+    if view.cpl == 3:
+        return "user"
+    return view.mode if view.mode in ("real", "long") else "protected"
 
 
 class _String:

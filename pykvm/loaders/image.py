@@ -87,7 +87,7 @@ def place(info: ImageInfo, data: bytes, memory: GuestMemory, entry: int | None =
         raise GuestImageError(info.path, None, why)
     for segment in placed:
         memory.write(segment.gpa, data[segment.offset : segment.offset + segment.filesz])
-        _zero(memory, segment.gpa + segment.filesz, segment.memsz - segment.filesz)
+        memory.clear(segment.gpa + segment.filesz, segment.memsz - segment.filesz)
     return BootState(info.entry if entry is None else entry, info.mode)
 
 
@@ -115,13 +115,3 @@ def _advice(start: int, end: int, have: int) -> str:
     while size < need:
         size *= 2
     return f"use --memory {format_size(size)}" if have < size <= _LARGEST else "link it where the guest has RAM"
-
-
-def _zero(memory: GuestMemory, gpa: int, size: int) -> None:
-    """Zeros, in pieces: a large bss must not become a large bytes object. RAM that is zero already stays untouched."""
-    piece = bytes(min(size, MIB))
-    while size:
-        n = min(size, len(piece))
-        if memory.read(gpa, n) != piece[:n]:
-            memory.write(gpa, piece[:n])
-        gpa, size = gpa + n, size - n

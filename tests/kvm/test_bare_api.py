@@ -385,7 +385,7 @@ def test_a_vcpu_runs_on_without_dev_kvm_and_with_its_vm_fd_closed(parts):
     """The kernel keeps a VM while anything of it is open; /dev/kvm is not needed at all (System.close says so)."""
     parts["system"].close()
     os.close(parts["vm"].fd)
-    parts["vm"].fd = -1
+    parts["vm"].handle.fd = -1
     assert parts["vcpu"].run(TIMEOUT) == Hlt()
 
 
@@ -412,7 +412,7 @@ def test_a_vm_lives_on_after_its_system():
         ("system", System.get_msr_index_list),
         ("vm", VM.create_vcpu),
         ("vm", lambda vm: vm.add_slot(vm.memory.slots[0])),
-        ("vm", lambda vm: vm.remove_slot(vm.memory.slots[0])),
+        ("vm", lambda vm: vm.set_user_memory_region(0, 0, 0, 0, 0)),
         ("vm", lambda vm: vm.enable_cap("KVM_CAP_X86_USER_SPACE_MSR", 1)),
         ("vcpu", VCPU.get_regs),
         ("vcpu", VCPU.get_sregs),

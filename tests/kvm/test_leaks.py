@@ -135,7 +135,7 @@ def test_bare_objects_without_enough_fds():
 
 
 @pytest.mark.parametrize(
-    "part", ["load", "Console", "Bus", "Uart16550", "Runner", "ExceptionReport", "Rom", "System.get_supported_cpuid", "VCPU.set_sregs"]
+    "part", ["load", "Console", "Bus", "Uart16550", "Runner", "KeyboardController", "Rom", "System.get_supported_cpuid", "VCPU.set_sregs"]
 )
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
 def test_a_failure_anywhere_in_machine_closes_all(part, error, monkeypatch):

@@ -6,8 +6,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pykvm.errors import ConfigError, GuestImageError, GuestMemoryError
+from pykvm.errors import ConfigError, GuestImageError
 from pykvm.loaders import load, note, peek
+from pykvm.memory import GuestMemory
 from pykvm.symbols import Symbols
 
 MIB = 1 << 20
@@ -15,30 +16,19 @@ EHDR = {32: "<4sBBB9xHHIIIIIHHHHHH", 64: "<4sBBB9xHHIQQQIHHHHHH"}
 PT_LOAD, PT_NOTE = 1, 4
 
 
-class Memory:
+class Memory(GuestMemory):
     """RAM at 0 that counts its writes."""
 
     def __init__(self, size=2 * MIB, fill=0):
-        self.ram = bytearray([fill]) * size
+        super().__init__()
+        self.ram = self.add(0, size).map
+        if fill:
+            self.ram[:] = bytes([fill]) * size
         self.writes = 0
 
-    @property
-    def size(self):
-        return len(self.ram)
-
-    def contains(self, gpa, size):
-        return gpa >= 0 and gpa + size <= len(self.ram)
-
-    def read(self, gpa, size):
-        if not self.contains(gpa, size):
-            raise GuestMemoryError(gpa, size)
-        return bytes(self.ram[gpa : gpa + size])
-
     def write(self, gpa, data):
-        if not self.contains(gpa, len(data)):
-            raise GuestMemoryError(gpa, len(data))
         self.writes += 1
-        self.ram[gpa : gpa + len(data)] = data
+        super().write(gpa, data)
 
 
 def note_bytes(text, name=b"pykvm\0", kind=1):
@@ -83,7 +73,7 @@ def test_elf_without_note(bits, mode):
     boot = load(info, data, memory)
     assert (boot.entry, boot.mode) == (MIB, mode)
     assert memory.ram[MIB : MIB + 3] == CODE
-    assert memory.ram.count(0) == memory.size - 3
+    assert memory.ram[:].count(0) == memory.size - 3
 
 
 def test_note_comes_before_memory():
