@@ -12,7 +12,8 @@ __all__ = ["Console"]
 class Console:
     """A bounded byte buffer: of more than ``limit`` bytes only the newest are kept, and ``dropped`` counts the others.
 
-    ``on_output`` is called with each piece as it comes.
+    ``on_output`` is called with each piece as it comes, once: when it raises, whoever adds the piece hears of it, and the piece is kept
+    all the same.
     """
 
     __slots__ = ("data", "dropped", "limit", "on_output")

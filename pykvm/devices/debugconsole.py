@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pykvm.devices.once import Once
+
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Protocol
@@ -23,6 +25,7 @@ class DebugConsole:
 
     def __init__(self, sink: Sink) -> None:
         self.sink = sink
+        self._put = Once(sink.extend)
 
     def read(self, offset: int, size: int) -> int:
         """0xE9 tells a guest that the port is there."""
@@ -30,4 +33,4 @@ class DebugConsole:
 
     def write(self, offset: int, size: int, value: int) -> None:
         """Output."""
-        self.sink.extend(value.to_bytes(size, "little"))
+        self._put(value.to_bytes(size, "little"))

@@ -1,7 +1,12 @@
 """The MC146818 real-time clock and its CMOS RAM at ports 0x70 (index) and 0x71 (data).
 
-The time is the host's, in BCD or binary, 12 or 24 hours, as register B says; a guest that sets the clock moves an offset.
-Bit 7 of the index masks NMI and is kept, nothing more. Source: Motorola MC146818 datasheet, table 1 and registers A to D.
+The time is the host's, in BCD or binary, 12 or 24 hours, as register B says; a guest that sets the clock moves an offset. What it writes
+register by register need not be a date at once (February while the day is still 31): the registers then hold what was written until it
+is one. The weekday follows from the date.
+
+No thread runs here. Register C's flags are worked out from the time that has passed, and the interrupt line rises when that is next
+done: at an access to the data port, and at each ``tick()``. So a guest that counts 1024 periodic interrupts a second gets fewer.
+Bit 7 of the index masks NMI and is kept, nothing more. Source: Motorola MC146818 datasheet, table 1, "Alarm", and registers A to D.
 """
 
 from __future__ import annotations
@@ -17,26 +22,39 @@ __all__ = ["Rtc"]
 SECONDS, SECONDS_ALARM, MINUTES, MINUTES_ALARM, HOURS, HOURS_ALARM, WEEKDAY, DAY, MONTH, YEAR = range(10)
 REG_A, REG_B, REG_C, REG_D = 10, 11, 12, 13
 CENTURY = 0x32
-B_24H, B_BINARY, B_SET = 0x02, 0x04, 0x80
-A_UIP = 0x80
+B_24H, B_BINARY, B_UPDATE, B_ALARM, B_PERIODIC, B_SET = 0x02, 0x04, 0x10, 0x20, 0x40, 0x80
+B_INTERRUPTS = B_UPDATE | B_ALARM | B_PERIODIC
+C_UPDATE, C_ALARM, C_PERIODIC, C_IRQ = 0x10, 0x20, 0x40, 0x80  # an enabled one of the first three makes the fourth
+A_RATE, A_RESET, A_UIP = 0x0F, 0x60, 0x80
 D_VALID = 0x80
 PM = 0x80
-_TIME = {SECONDS: 5, MINUTES: 4, HOURS: 3, DAY: 2, MONTH: 1, YEAR: 0}  # register -> place in struct_time
+DONT_CARE = 0xC0
+DAY_SECONDS = 86400
+CRYSTAL = 32768  # Hz: the unit that time is counted in here
+_LIMITS = {  # register -> smallest and largest value; of HOURS in 24-hour mode
+    SECONDS: (0, 59), MINUTES: (0, 59), HOURS: (0, 23), WEEKDAY: (1, 7), DAY: (1, 31), MONTH: (1, 12), YEAR: (0, 99), CENTURY: (0, 99),
+}  # fmt: skip
 
 
 class Rtc:
-    """``now()`` gives seconds since the epoch (UTC); ``memory`` bytes of RAM go into the CMOS size registers, where BIOSes look."""
+    """``now()`` gives seconds since the epoch (UTC); ``memory`` bytes of RAM go into the CMOS size registers, where BIOSes look.
+
+    ``irq(level)`` is its interrupt line (GSI 8 on a PC): high from when register C's IRQF is set until the guest reads that register.
+    """
 
     name = "RTC"
 
-    def __init__(self, now: Callable[[], float] = time.time, memory: int = 0) -> None:
-        self.now = now
+    def __init__(self, now: Callable[[], float] = time.time, memory: int = 0, irq: Callable[[int], object] | None = None) -> None:
+        self.now, self.irq = now, irq
         self.index = 0
         self.ram = bytearray(128)
         self.ram[REG_A] = 0x26  # 32768 Hz time base, 1024 Hz rate: what a BIOS leaves
         self.ram[REG_B] = B_24H
-        self.offset = 0.0
-        self._frozen: list[int] | None = None  # while B.SET is on, the registers are the guest's to write
+        self.offset = 0  # crystal periods from the host's time to the guest's
+        self._held: dict[int, int] | None = None  # the time registers as bytes, while they are the guest's to write or no date
+        self._held_at = 0  # in guest seconds: their time of day goes on from there
+        self._seen = self._time()  # up to here the flags are worked out
+        self._level = 0
         self._store_size(memory)
 
     def _store_size(self, memory: int) -> None:
@@ -64,88 +82,186 @@ class Rtc:
         else:
             self._write(self.index & 0x7F, value & 0xFF)
 
+    def tick(self) -> None:
+        """To be called now and then, from the thread that runs the guest: the interrupt that is due comes."""
+        if self.irq is not None and self.ram[REG_B] & B_INTERRUPTS:
+            self._catch_up()
+
     def __repr__(self) -> str:
-        year, month, day, hour, minute, second, _ = self._fields()
-        return f"<RTC {year}-{month:02}-{day:02} {hour:02}:{minute:02}:{second:02}, index {self.index:#x}>"
+        year, month, day, hour, minute, second = map(self._number, (YEAR, MONTH, DAY, HOURS, MINUTES, SECONDS))
+        return f"<RTC {self._number(CENTURY)}{year}-{month}-{day} {hour}:{minute}:{second}, index {self.index:#x}>"
 
     # --- registers ---------------------------------------------------------------------------------------------------
 
-    def _fields(self) -> list[int]:
-        """Year, month, day, hour, minute, second, weekday (Sunday is 1)."""
-        if self._frozen is not None:
-            return self._frozen
-        try:
-            t = time.gmtime(self.now() + self.offset)
-        except (OverflowError, ValueError, OSError):
-            self.offset = 0.0  # the guest set a year that the host cannot count to
-            t = time.gmtime(self.now())
-        return [t.tm_year, t.tm_mon, t.tm_mday, t.tm_hour, t.tm_min, min(t.tm_sec, 59), (t.tm_wday + 1) % 7 + 1]
-
-    def _encode(self, value: int) -> int:
-        return value if self.ram[REG_B] & B_BINARY else value // 10 % 10 << 4 | value % 10
-
-    def _decode(self, value: int) -> int:
-        return value if self.ram[REG_B] & B_BINARY else (value >> 4) * 10 + (value & 0xF)
-
     def _read(self, register: int) -> int:
-        if register in _TIME or register in (WEEKDAY, CENTURY):
-            year, month, day, hour, minute, second, weekday = self._fields()
-            if register == HOURS and not self.ram[REG_B] & B_24H:
-                return self._encode((hour - 1) % 12 + 1) | (PM if hour >= 12 else 0)
-            values = {SECONDS: second, MINUTES: minute, HOURS: hour, WEEKDAY: weekday, DAY: day, MONTH: month}
-            values |= {YEAR: year % 100, CENTURY: year // 100}
-            return self._encode(values[register]) & 0xFF
+        self.tick()
+        if register in _LIMITS:
+            return self._registers()[register]
         if register == REG_C:
-            flags = self.ram[REG_C]
+            self._catch_up()
+            value = self.ram[REG_C] | (C_IRQ if self._level_due() else 0)
             self.ram[REG_C] = 0  # reading acknowledges
-            return flags
+            self._update_irq()
+            return value
         if register == REG_D:
             return D_VALID
         return self.ram[register]
 
     def _write(self, register: int, value: int) -> None:
-        if register in _TIME or register in (WEEKDAY, CENTURY):
+        self._catch_up()  # by the registers as they were
+        if register in _LIMITS:
             self._set_time(register, value)
         elif register == REG_A:
-            self.ram[REG_A] = value & ~A_UIP  # the update takes no time here, so it is never in progress
+            self._control(value & ~A_UIP, self.ram[REG_B])  # the update takes no time here, so it is never in progress
         elif register == REG_B:
-            self._write_b(value)
+            self._control(self.ram[REG_A], value & ~B_UPDATE if value & B_SET else value)
         elif register not in (REG_C, REG_D):
             self.ram[register] = value
+        self._update_irq()
 
-    def _write_b(self, value: int) -> None:
-        if value & B_SET and self._frozen is None:
-            self._frozen = self._fields()
-        elif not value & B_SET and self._frozen is not None:
-            fields, self._frozen = self._frozen, None
-            self._adopt(fields)
-        self.ram[REG_B] = value
+    def _control(self, a: int, b: int) -> None:
+        """Registers A and B: the clock stands still while B.SET is on or A resets the divider."""
+        registers, stood = self._registers(), self._stands()
+        numbers = {r: self._decode(r, value) for r, value in registers.items()}
+        divider_starts = self.ram[REG_A] & A_RESET == A_RESET != a & A_RESET
+        self.ram[REG_A], self.ram[REG_B] = a, b
+        for register, number in numbers.items():  # B may say now that they are written in another way
+            if number is not None:
+                registers[register] = self._encode(register, number)
+        if self._stands():
+            self._held = registers
+        elif stood:
+            self._hold(registers, CRYSTAL // 2 if divider_starts else 0)  # the first update is half a second after the divider's start
+        elif self._held is not None:
+            self._hold(registers)
+
+    def _stands(self) -> bool:
+        return bool(self.ram[REG_B] & B_SET) or self.ram[REG_A] & A_RESET == A_RESET
+
+    # --- time --------------------------------------------------------------------------------------------------------
+
+    def _time(self) -> int:
+        """The guest's time in crystal periods."""
+        return int(self.now() * CRYSTAL // 1) + self.offset
+
+    def _registers(self) -> dict[int, int]:
+        """What the time registers hold."""
+        seconds = self._time() // CRYSTAL
+        if self._held is None:
+            t = time.gmtime(seconds)
+            numbers = {SECONDS: t.tm_sec, MINUTES: t.tm_min, HOURS: t.tm_hour, WEEKDAY: (t.tm_wday + 1) % 7 + 1}
+            numbers |= {DAY: t.tm_mday, MONTH: t.tm_mon, YEAR: t.tm_year % 100, CENTURY: t.tm_year // 100 % 100}
+            return {register: self._encode(register, number) for register, number in numbers.items()}
+        registers = dict(self._held)
+        if not self._stands():
+            hour, minute, second = (self._decode(r, registers[r]) for r in (HOURS, MINUTES, SECONDS))
+            if hour is not None and minute is not None and second is not None:
+                now = (hour * 3600 + minute * 60 + second + seconds - self._held_at) % DAY_SECONDS
+                for register, number in ((HOURS, now // 3600), (MINUTES, now // 60 % 60), (SECONDS, now % 60)):
+                    registers[register] = self._encode(register, number)
+        return registers
 
     def _set_time(self, register: int, value: int) -> None:
-        fields = list(self._fields())
-        if register == HOURS and not self.ram[REG_B] & B_24H:
-            fields[3] = self._decode(value & 0x7F) % 12 + (12 if value & PM else 0)
-        elif register == YEAR:
-            fields[0] = fields[0] // 100 * 100 + self._decode(value)
-        elif register == CENTURY:
-            fields[0] = self._decode(value) * 100 + fields[0] % 100
-        elif register == WEEKDAY:
-            fields[6] = self._decode(value)
+        registers = self._registers()
+        registers[register] = value
+        if self._stands():
+            self._held = registers
         else:
-            fields[_TIME[register]] = self._decode(value)
-        if self._frozen is not None:
-            self._frozen = fields
-        else:
-            self._adopt(fields)
+            self._hold(registers)
 
-    def _adopt(self, fields: list[int]) -> None:
-        """Move the clock to these fields; a date that does not exist leaves it as it is."""
+    def _hold(self, registers: dict[int, int], fraction: int = 0) -> None:
+        """The clock goes on from these, if they are a date; otherwise they stay as they are, and the time of day goes on, if it is one."""
         import calendar
         import datetime
 
-        year, month, day, hour, minute, second, _ = fields
-        try:
-            wanted = calendar.timegm(datetime.datetime(year, month, day, hour, minute, second).timetuple())
-        except (ValueError, OverflowError):
+        self._held, self._held_at = registers, self._time() // CRYSTAL
+        numbers = [self._decode(r, registers[r]) for r in (CENTURY, YEAR, MONTH, DAY, HOURS, MINUTES, SECONDS)]
+        known = [number for number in numbers if number is not None]
+        if len(known) < len(numbers):
             return
-        self.offset = wanted - self.now()
+        century, year, month, day, hour, minute, second = known
+        try:
+            date = datetime.datetime(100 * century + year, month, day, hour, minute, second)
+        except ValueError:
+            return
+        self.offset += calendar.timegm(date.timetuple()) * CRYSTAL + fraction - self._time()
+        self._held = None
+        self._seen = self._time()
+
+    def _encode(self, register: int, number: int) -> int:
+        pm = 0
+        if register == HOURS and not self.ram[REG_B] & B_24H:
+            pm = PM if number >= 12 else 0
+            number = (number - 1) % 12 + 1
+        return (number if self.ram[REG_B] & B_BINARY else number // 10 << 4 | number % 10) | pm
+
+    def _decode(self, register: int, value: int) -> int | None:
+        """The number that a register's byte means; None where it means none."""
+        pm = 0
+        twelve = register == HOURS and not self.ram[REG_B] & B_24H
+        if twelve:
+            value, pm = value & ~PM, 12 if value & PM else 0
+        if not self.ram[REG_B] & B_BINARY:
+            if value & 0xF > 9 or value >> 4 > 9:
+                return None
+            value = (value >> 4) * 10 + (value & 0xF)
+        low, high = (1, 12) if twelve else _LIMITS[register]
+        if not low <= value <= high:
+            return None
+        return value % 12 + pm if twelve else value
+
+    def _number(self, register: int) -> str:
+        value = self._registers()[register]
+        number = self._decode(register, value)
+        return f"{value:#x}?" if number is None else f"{number:02}"
+
+    # --- interrupts --------------------------------------------------------------------------------------------------
+
+    def _catch_up(self) -> None:
+        """Set the flags for what has happened since the last time."""
+        before, self._seen = self._seen, self._time()
+        if self._seen > before and self.ram[REG_A] & A_RESET != A_RESET:
+            rate = self.ram[REG_A] & A_RATE
+            if rate:
+                shift = rate - 1 if rate > 2 else rate + 6  # 1 and 2 mean the same as 8 and 9
+                if self._seen >> shift > before >> shift:
+                    self.ram[REG_C] |= C_PERIODIC
+            first, last = before // CRYSTAL + 1, self._seen // CRYSTAL
+            if first <= last and not self._stands():
+                self.ram[REG_C] |= C_UPDATE
+                if self._held is None and self._alarm_after(first % DAY_SECONDS) <= last - first:
+                    self.ram[REG_C] |= C_ALARM
+        self._update_irq()
+
+    def _alarm_after(self, second: int) -> int:
+        """Seconds from this one of the day to the alarm's; a whole day and more when its registers mean no time."""
+        hours, minutes, seconds = (
+            [n for n in range(_LIMITS[register][1] + 1) if alarm & DONT_CARE == DONT_CARE or alarm == self._encode(register, n)]
+            for register, alarm in ((HOURS, self.ram[HOURS_ALARM]), (MINUTES, self.ram[MINUTES_ALARM]), (SECONDS, self.ram[SECONDS_ALARM]))
+        )
+        if not (hours and minutes and seconds):
+            return 1 << 62
+        h, m, s = second // 3600, second // 60 % 60, second % 60
+        if h in hours:
+            if m in minutes:
+                for later in seconds:
+                    if later >= s:
+                        return later - s
+            for later in minutes:
+                if later > m:
+                    return (later - m) * 60 + seconds[0] - s
+        at = minutes[0] * 60 + seconds[0] - second
+        for later in hours:
+            if later > h:
+                return later * 3600 + at
+        return DAY_SECONDS + hours[0] * 3600 + at
+
+    def _level_due(self) -> bool:
+        return bool(self.ram[REG_C] & self.ram[REG_B] & B_INTERRUPTS)
+
+    def _update_irq(self) -> None:
+        level = int(self._level_due())
+        if level != self._level:
+            self._level = level
+            if self.irq is not None:
+                self.irq(level)

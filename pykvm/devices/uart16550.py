@@ -7,6 +7,8 @@ Source: National Semiconductor PC16550D datasheet, section 8 (registers), tables
 
 from __future__ import annotations
 
+from pykvm.devices.once import Once
+
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -18,9 +20,9 @@ RBR_THR, IER, IIR_FCR, LCR, MCR, LSR, MSR, SCR = range(8)
 IER_RX, IER_TX, IER_LINE, IER_MODEM = 1, 2, 4, 8
 IIR_NONE, IIR_MODEM, IIR_TX, IIR_RX, IIR_LINE, IIR_TIMEOUT, IIR_FIFO = 0x01, 0x00, 0x02, 0x04, 0x06, 0x0C, 0xC0
 FCR_ENABLE, FCR_CLEAR_RX, FCR_CLEAR_TX = 1, 2, 4
-LCR_DLAB = 0x80
+LCR_BREAK, LCR_DLAB = 0x40, 0x80
 MCR_DTR, MCR_RTS, MCR_OUT1, MCR_OUT2, MCR_LOOP = 1, 2, 4, 8, 0x10
-LSR_DR, LSR_OE, LSR_THRE, LSR_TEMT = 0x01, 0x02, 0x20, 0x40
+LSR_DR, LSR_OE, LSR_FE, LSR_BI, LSR_THRE, LSR_TEMT, LSR_FIFO_ERROR = 0x01, 0x02, 0x08, 0x10, 0x20, 0x40, 0x80
 LSR_ERRORS = 0x1E  # overrun, parity, framing, break: what the line status interrupt reports
 MSR_CTS, MSR_DSR, MSR_RI, MSR_DCD = 0x10, 0x20, 0x40, 0x80
 FIFO_SIZE = 16
@@ -31,7 +33,7 @@ CONNECTED = MSR_CTS | MSR_DSR | MSR_DCD
 class Uart16550:
     """``output(bytes)`` takes what the guest sends; ``receive(bytes)`` gives it input; ``irq(level)`` is its interrupt line.
 
-    ``poll``, when given, is asked for input (it returns bytes, perhaps none) when the guest looks and none is waiting.
+    ``poll``, when given, is asked for input (it returns bytes, perhaps none) when the guest looks and none is waiting, and by ``tick()``.
     Registers are a byte wide; a wider access touches consecutive registers, as on the ISA bus.
     """
 
@@ -43,7 +45,7 @@ class Uart16550:
         irq: Callable[[int], object] | None = None,
         poll: Callable[[], bytes] | None = None,
     ) -> None:
-        self.output, self.irq, self.poll = output, irq, poll
+        self.output, self.irq, self.poll = Once(output), irq, poll
         self.queue = bytearray()  # input that the FIFO has no room for yet
         self._level = 0
         self.reset()
@@ -51,6 +53,7 @@ class Uart16550:
     def reset(self) -> None:
         """Master reset (datasheet table 1); input that waits in the host's queue stays."""
         self.rx = bytearray()  # RBR, or the FIFO
+        self.rx_errors = bytearray()  # LSR's FE and BI for each byte in rx that is not at its top yet
         self.ier = self.fcr = self.lcr = self.mcr = self.scr = 0
         self.divisor = 0x000C  # 9600 baud
         self.line_errors = 0
@@ -71,16 +74,27 @@ class Uart16550:
         self._fill()
         self._update_irq()
 
+    def tick(self) -> None:
+        """To be called now and then, from the thread that runs the guest: input comes in for a guest that waits for its interrupt.
+
+        A guest that has not enabled that interrupt is not given any: it may never look, and what it does not take is somebody else's.
+        """
+        if self.ier & IER_RX and self.poll is not None and not self.rx and not self.queue and not self.mcr & MCR_LOOP:
+            data = self.poll()
+            if data:
+                self.receive(data)
+
     def _fill(self) -> None:
         if self.mcr & MCR_LOOP:
             return  # the receiver is disconnected from the outside
         room = FIFO_SIZE if self.fcr & FCR_ENABLE else 1
         while self.queue and len(self.rx) < room:
             self.rx.append(self.queue.pop(0))
+            self.rx_errors.append(0)
 
     def _want_input(self) -> None:
         """The guest looks: fetch what is there."""
-        if not self.rx:
+        if not self.rx and not self.mcr & MCR_LOOP:
             if self.poll is not None and not self.queue:
                 self.queue.extend(self.poll())
             if self.queue:
@@ -120,7 +134,8 @@ class Uart16550:
             return
         if register == RBR_THR:
             if self.mcr & MCR_LOOP:
-                self._loop_back(value)
+                if not self.lcr & LCR_BREAK:  # while the line is held low, what is sent is lost
+                    self._loop_back(value)
             else:
                 self.output(bytes((value,)))
             self._sent()
@@ -132,24 +147,46 @@ class Uart16550:
         elif register == IIR_FCR:
             if (value ^ self.fcr) & FCR_ENABLE or (value & FCR_ENABLE and value & FCR_CLEAR_RX):
                 self.rx.clear()
+                self.rx_errors.clear()
             self.fcr = value & 0xC9 if value & FCR_ENABLE else 0
         elif register == LCR:
+            was = self._breaks_itself()
             self.lcr = value
+            self._break(was)
         elif register == MCR:
+            was = self._breaks_itself()
             self._write_mcr(value & 0x1F)
+            self._break(was)
         elif register == SCR:
             self.scr = value
         # LSR and MSR are read only; writing them is for factory tests.
         self._fill()
         self._update_irq()
 
-    def _loop_back(self, value: int) -> None:
+    def _loop_back(self, value: int, errors: int = 0) -> None:
         if len(self.rx) < (FIFO_SIZE if self.fcr & FCR_ENABLE else 1):
             self.rx.append(value)
+            self.rx_errors.append(errors)
         else:
             self.line_errors |= LSR_OE
-            if not self.fcr & FCR_ENABLE:
-                self.rx[-1] = value  # the receiver buffer itself is overwritten; a full FIFO keeps what it has
+            if not self.fcr & FCR_ENABLE:  # the receiver buffer itself is overwritten; a full FIFO keeps what it has
+                self.rx[-1] = value
+                self.rx_errors[-1] = errors
+        self._show_errors()
+
+    def _show_errors(self) -> None:
+        """LSR tells of a byte's errors when it has come to the top of the FIFO."""
+        if self.rx_errors and self.rx_errors[0]:
+            self.line_errors |= self.rx_errors[0]
+            self.rx_errors[0] = 0
+
+    def _breaks_itself(self) -> bool:
+        return bool(self.lcr & LCR_BREAK and self.mcr & MCR_LOOP)
+
+    def _break(self, was: bool) -> None:
+        """The receiver sees its own transmitter's break begin: one zero byte without a stop bit, however long it lasts."""
+        if self._breaks_itself() and not was:
+            self._loop_back(0, LSR_BI | LSR_FE)
 
     def _write_mcr(self, value: int) -> None:
         self.mcr = value
@@ -175,7 +212,13 @@ class Uart16550:
             return self.divisor >> 8 * register & 0xFF
         if register == RBR_THR:
             self._want_input()
-            value = self.rx.pop(0) if self.rx else 0
+            value = 0
+            if self.rx:
+                value = self.rx.pop(0)
+                del self.rx_errors[0]
+                self._show_errors()
+                if not self.rx and self.queue:
+                    self._update_irq()  # empty for a moment: what comes next is a new edge
             self._fill()
         elif register == IER:
             return self.ier
@@ -191,6 +234,8 @@ class Uart16550:
         elif register == LSR:
             self._want_input()
             value = LSR_THRE | LSR_TEMT | self.line_errors | (LSR_DR if self.rx else 0)
+            if self.fcr & FCR_ENABLE and (self.line_errors & (LSR_FE | LSR_BI) or any(self.rx_errors)):
+                value |= LSR_FIFO_ERROR
             self.line_errors = 0
         elif register == MSR:
             value = self.msr_lines | self.msr_deltas

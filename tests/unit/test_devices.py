@@ -183,15 +183,237 @@ def test_setting_one_field_keeps_the_others():
     assert clock.date == (0x20, 0x20, 5, 6, 7, 0x44, 9)
 
 
-def test_a_date_that_does_not_exist_changes_nothing():
+def test_a_date_may_be_set_register_by_register():
+    """Without SET: on the way from 31 January to 5 February there is a date that does not exist."""
+    clock = Clock(2023, 1, 31, 23, 59, 58)
+    clock[MONTH] = 0x02
+    assert clock.date == (0x20, 0x23, 0x02, 0x31, 0x23, 0x59, 0x58)
+    clock.now += 1  # the time of day goes on meanwhile
+    assert clock.date == (0x20, 0x23, 0x02, 0x31, 0x23, 0x59, 0x59)
+    clock[DAY] = 0x05
+    assert clock.date == (0x20, 0x23, 0x02, 0x05, 0x23, 0x59, 0x59)
+    clock.now += 2
+    assert clock.date == (0x20, 0x23, 0x02, 0x06, 0x00, 0x00, 0x01)
+
+
+def test_registers_hold_what_is_no_date():
     clock = Clock(2023, 2, 28, 1, 2, 3)
-    before = clock.date
     clock[DAY] = 0x31
-    assert clock.date == before
+    clock[SECONDS] = 0x7F  # not even BCD
+    clock.now += 100
+    assert clock.date == (0x20, 0x23, 0x02, 0x31, 0x01, 0x02, 0x7F)
+    assert "2023-02-31 01:02:0x7f?" in repr(clock.rtc)
+    clock[SECONDS] = 0x10
+    clock[DAY] = 0x28
+    assert clock.date == (0x20, 0x23, 0x02, 0x28, 0x01, 0x02, 0x10)
+
+
+def test_set_with_no_date_and_a_change_of_format():
+    clock = Clock(2023, 2, 28, 13, 2, 3)
     clock[B] = H24 | SET
     clock[MONTH], clock[SECONDS] = 0x13, 0x10
     clock[B] = H24
-    assert clock.date == before
+    assert clock.date == (0x20, 0x23, 0x13, 0x28, 0x13, 0x02, 0x10)
+    clock[B] = BINARY  # what means a number is written in the new way
+    assert clock.date == (20, 23, 0x13, 28, 1 | PM, 2, 10)
+    clock[MONTH] = 12
+    assert clock.date == (20, 23, 12, 28, 1 | PM, 2, 10)
+
+
+def test_linux_sets_the_clock():
+    """mc146818_set_time(): SET, the divider held in reset, the registers, SET off, the divider on: half a second to the next second."""
+    clock = Clock(2020, 1, 1, 0, 0, 0)
+    control, rate = clock[B], clock[A]
+    clock[B] = control | SET
+    clock[A] = rate | 0x70
+    for register, value in ((YEAR, 0x38), (MONTH, 0x01), (DAY, 0x19), (HOURS, 0x03), (MINUTES, 0x14), (SECONDS, 0x07)):
+        clock[register] = value
+    clock[B] = control
+    clock.now += 10  # it stands still until the divider runs
+    assert clock.date == (0x20, 0x38, 0x01, 0x19, 0x03, 0x14, 0x07)
+    clock[A] = rate
+    clock.now += 0.4
+    assert clock[SECONDS] == 0x07
+    clock.now += 0.2
+    assert clock[SECONDS] == 0x08
+
+
+@pytest.mark.parametrize("now", [1732490000.1234567, 1.9, 1e9 + 1e-6, 123456789.987654321])
+def test_what_is_set_is_what_is_read(now):
+    clock = Clock()
+    clock.now = now
+    for second in range(60):
+        clock[SECONDS] = second // 10 << 4 | second % 10
+        assert clock[SECONDS] == second // 10 << 4 | second % 10
+
+
+# --- the RTC's interrupts --------------------------------------------------------------------------------------------
+
+SECONDS_ALARM, MINUTES_ALARM, HOURS_ALARM = 1, 3, 5
+UF, AF, PF, IRQF = UIE, AIE, PIE, _ = 0x10, 0x20, 0x40, 0x80
+
+
+def test_update_flag():
+    """Once a second, whatever register B enables; reading takes it back. The clock starts half a second before the first."""
+    clock = Clock(2020, 1, 1, 0, 0, 0)
+    clock[A] = 0x20
+    assert clock[C] == 0
+    clock.now += 0.6
+    assert (clock[C], clock[C]) == (UF, 0)
+    clock.now += 100
+    assert (clock[C], clock[C]) == (UF, 0)
+    clock[B] = H24 | SET
+    clock.now += 5
+    assert clock[C] == 0  # no updates
+    clock[B] = H24
+    clock[A] = 0x70
+    clock.now += 5
+    assert clock[C] == 0
+
+
+@pytest.mark.parametrize(
+    ("rate", "hertz"), [(1, 256), (2, 128), (3, 8192), (4, 4096), (6, 1024), (8, 256), (12, 16), (13, 8), (14, 4), (15, 2)]
+)
+def test_periodic_flag(rate, hertz):
+    """Datasheet table 5."""
+    clock = Clock()
+    clock.now = 1e9
+    clock[A] = 0x20 | rate
+    assert clock[C] & PF == PF
+    seen = 0
+    for step in range(1, 101):
+        clock.now = 1e9 + (step + 0.01) / (4 * hertz)
+        seen += clock[C] >> 6 & 1
+    assert seen == 25
+
+
+def test_no_rate_no_periodic_flag():
+    clock = Clock()
+    for register_a in (0x20, 0x76):  # no rate; the divider in reset
+        clock[A] = register_a
+        assert clock[C] is not None
+        clock.now += 10.0
+        assert clock[C] & PF == 0
+
+
+ANY = 0xC0
+
+
+@pytest.mark.parametrize(
+    ("alarm", "first", "second"),  # seconds from 12:34:56 to the first alarm, and from that to the next
+    [
+        ((0x12, 0x34, 0x57), 1, 86400),
+        ((0x12, 0x34, 0x56), 86400, 86400),
+        ((0x12, 0x35, 0x00), 4, 86400),
+        ((0x13, 0x00, 0x00), 1504, 86400),
+        ((0x12, 0x00, 0x00), 86400 - 2096, 86400),
+        ((0x00, 0x00, 0x00), 41104, 86400),
+        ((ANY, ANY, ANY), 1, 1),
+        ((ANY, ANY, 0x10), 14, 60),
+        ((ANY, 0x10, 0x00), 2104, 3600),
+        ((0xFF, 0xFF, 0x56), 60, 60),
+        ((0x23, ANY, 0xC3), 37504, 1),
+        ((0x13, ANY, 0x59), 1504 + 59, 60),
+    ],
+)
+@pytest.mark.parametrize("format_", [H24, H24 | BINARY, 0])
+def test_alarm(alarm, first, second, format_):
+    clock = Clock(2020, 2, 28, 12, 34, 56)
+    clock[B] = format_
+    for register, value in zip((HOURS_ALARM, MINUTES_ALARM, SECONDS_ALARM), alarm, strict=True):
+        if value < ANY:
+            number = (value >> 4) * 10 + (value & 0xF)
+            pm = 0
+            if register == HOURS_ALARM and not format_ & H24:
+                pm, number = PM * (number >= 12), (number - 1) % 12 + 1
+            value = pm | (number if format_ & BINARY else number // 10 << 4 | number % 10)
+        clock[register] = value
+    for seconds in (first, second, second):
+        if seconds > 1:
+            clock.now += seconds - 1
+            assert clock[C] & AF == 0
+            clock.now += 1
+        else:
+            clock.now += seconds
+        assert clock[C] & AF == AF
+        assert clock[C] & AF == 0
+    clock.now += 3 * 86400  # looked at late
+    assert clock[C] & AF == AF
+
+
+@pytest.mark.parametrize("alarm", [(0x24, ANY, ANY), (ANY, 0x60, ANY), (ANY, ANY, 0x0A), (0x8F, 0, 0)])
+def test_an_alarm_that_is_no_time_never_comes(alarm):
+    clock = Clock(2020, 2, 28, 12, 34, 56)
+    clock[HOURS_ALARM], clock[MINUTES_ALARM], clock[SECONDS_ALARM] = alarm
+    clock.now += 10 * 86400
+    assert clock[C] & AF == 0
+
+
+def interrupting(*fields):
+    clock = Clock(*fields)
+    levels = []
+    clock.rtc.irq = levels.append
+    return clock, levels
+
+
+@pytest.mark.parametrize(("enable", "wait"), [(UIE, 1), (AIE, 1), (PIE, 1 / 1024)])
+def test_interrupts(enable, wait):
+    clock, levels = interrupting(2020, 1, 1, 0, 0, 0)
+    clock[SECONDS_ALARM] = clock[MINUTES_ALARM] = clock[HOURS_ALARM] = 0xFF
+    clock[C]
+    clock[B] = H24 | enable
+    clock.rtc.tick()
+    assert levels == []
+    clock.now += wait
+    assert levels == []
+    clock.rtc.tick()
+    assert levels == [1]
+    clock.now += wait
+    clock.rtc.tick()
+    assert levels == [1]  # the line stays high until register C is read
+    assert clock[C] & (IRQF | enable) == IRQF | enable
+    assert levels == [1, 0]
+    clock.now += wait
+    assert clock[0x40] == 0  # any access finds it
+    assert levels == [1, 0, 1]
+    clock[B] = H24
+    assert levels == [1, 0, 1, 0]
+    assert clock[C] & (IRQF | enable) == enable
+
+
+def test_enabling_what_has_come_interrupts_at_once():
+    clock, levels = interrupting(2020, 1, 1, 0, 0, 0)
+    clock.now += 1
+    clock[B] = H24 | UIE
+    assert levels == [1]
+
+
+def test_set_takes_the_update_interrupt_away():
+    clock, _ = interrupting(2020, 1, 1, 0, 0, 0)
+    clock[B] = H24 | UIE | AIE | PIE | SET
+    assert clock[B] == H24 | AIE | PIE | SET
+
+
+def test_a_tick_without_an_interrupt_asks_for_no_time():
+    clock, levels = interrupting(2020, 1, 1, 0, 0, 0)
+    clock.rtc.now = None
+    clock.rtc.tick()
+    clock.rtc.irq = None
+    clock.rtc.ram[B] |= UIE
+    clock.rtc.tick()
+    assert levels == []
+
+
+def test_a_host_clock_that_is_set_back_is_no_update():
+    clock = Clock(2020, 1, 1, 0, 0, 0)
+    clock[C]
+    clock.now -= 1000
+    assert clock[C] & (UF | AF | PF) == 0
+    clock.now += 1
+    assert clock[C] & UF == UF
+
+
+# --- the RTC's registers ---------------------------------------------------------------------------------------------
 
 
 def test_status_registers():
@@ -285,10 +507,13 @@ def test_whatever_is_set_the_clock_can_be_read(writes, now):
         clock[register] = value
     for register in range(128):
         assert clock[register] in range(256)
-    clock[B] = H24 | BINARY
-    _, year, month, day, hour, minute, second = clock.date
-    assert year < 100 and hour < 24 and minute < 60 and second < 60
-    assert 1 <= month <= 12 and 1 <= day <= 31
+    clock[A], clock[B] = 0x26, H24 | BINARY
+    wanted = (20, 38, 1, 19, 3, 14, 7)
+    for register, value in zip((CENTURY, YEAR, MONTH, DAY, HOURS, MINUTES, SECONDS), wanted, strict=True):
+        clock[register] = value
+    assert clock.date == wanted  # whatever was there before
+    clock.now += 60
+    assert clock.date == (20, 38, 1, 19, 3, 15, 7)
 
 
 # --- the console -----------------------------------------------------------------------------------------------------
@@ -306,6 +531,25 @@ def test_console_keeps_the_newest(pieces):
     assert console.dropped + len(console.data) == len(everything)
     assert everything.endswith(bytes(console.data))
     assert console.dropped == 0 or len(everything) > 40
+
+
+@pytest.mark.parametrize("failure", [OSError, KeyboardInterrupt])
+def test_debug_console_output_that_raises(failure):
+    """Kept once, passed on once; the caller hears of it once, though the run loop gives the access to the device again."""
+    heard = []
+
+    def output(data):
+        heard.append(data)
+        if len(heard) == 1:
+            raise failure
+
+    console = Console(on_output=output)
+    device = DebugConsole(console)
+    with pytest.raises(failure):
+        device.write(0, 1, ord("a"))
+    for character in "aab":  # the first is the second turn
+        device.write(0, 1, ord(character))
+    assert (console.text, heard) == ("aab", [b"a", b"a", b"b"])
 
 
 def test_console_text_survives_any_bytes():

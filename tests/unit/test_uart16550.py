@@ -11,10 +11,10 @@ IER = DLM = 1
 IIR = FCR = EFR = 2
 LCR, MCR, LSR, MSR, SCR = range(3, 8)
 RX, THRI, LINE, MODEM = 1, 2, 4, 8
-DR, OE, THRE, TEMT = 1, 2, 0x20, 0x40
+DR, OE, PE, FE, BI, THRE, TEMT, FIFO_ERROR = (1 << i for i in range(8))
 DTR, RTS, OUT1, OUT2, LOOP = 1, 2, 4, 8, 0x10
 DCTS, DDSR, TERI, DDCD, CTS, DSR, RI, DCD = (1 << i for i in range(8))
-DLAB = 0x80
+BREAK, DLAB = 0x40, 0x80
 NONE, IS_MODEM, IS_TX, IS_RX, IS_LINE, IS_TIMEOUT = 1, 0, 2, 4, 6, 0xC
 
 
@@ -205,6 +205,16 @@ def test_receive_interrupt(com):
     assert com[IIR] == NONE
 
 
+def test_without_fifo_each_byte_is_an_edge(com):
+    """A handler that reads one byte an interrupt gets them all from an edge-triggered PIC."""
+    com[MCR], com[IER] = OUT2, RX
+    com.receive(b"abc")
+    for n, byte in enumerate(b"abc"):
+        assert com.levels == [1, 0] * n + [1]
+        assert com[RBR] == byte
+    assert com.levels == [1, 0] * 3
+
+
 @pytest.mark.parametrize(("fcr", "trigger"), [(0x01, 1), (0x41, 4), (0x81, 8), (0xC1, 14)])
 def test_trigger_level_or_timeout(com, fcr, trigger):
     com[FCR], com[IER], com[MCR] = fcr, RX, OUT2
@@ -248,6 +258,88 @@ def test_poll_is_asked_only_when_nothing_waits():
     assert pieces == [b"", b"c"]
     assert (com[RBR], com[RBR], com[RBR]) == (ord("a"), ord("b"), 0)
     assert com.read_all() == b"c"
+
+
+# --- input on the heartbeat -------------------------------------------------------------------------------------------
+
+
+class Stdin:
+    """What poll() is asked for, and how often."""
+
+    def __init__(self, *pieces):
+        self.pieces, self.asked = list(pieces), 0
+
+    def __call__(self):
+        self.asked += 1
+        return self.pieces.pop(0) if self.pieces else b""
+
+
+def test_a_tick_brings_input_and_its_interrupt():
+    stdin = Stdin(b"", b"hi", b"!")
+    com = Serial(stdin)
+    com[FCR], com[MCR], com[IER] = 1, OUT2, RX
+    com.uart.tick()
+    assert (com.levels, stdin.asked) == ([], 1)
+    com.uart.tick()
+    assert com.levels == [1]
+    for _ in range(3):
+        com.uart.tick()  # there is something to read: no more is fetched
+    assert stdin.asked == 2
+    assert com[IIR] == 0xC0 | IS_RX
+    assert (com[RBR], com[RBR]) == (ord("h"), ord("i"))
+    assert com.levels == [1, 0]
+    com.uart.tick()
+    assert com.levels == [1, 0, 1]
+    assert com[RBR] == ord("!")
+
+
+@pytest.mark.parametrize(("ier", "mcr"), [(0, OUT2), (THRI | LINE | MODEM, OUT2), (RX, OUT2 | LOOP)])
+def test_a_tick_takes_nothing_from_who_does_not_wait(ier, mcr):
+    stdin = Stdin(b"not for this guest")
+    com = Serial(stdin)
+    com[IER], com[MCR] = ier, mcr
+    com.uart.tick()
+    assert stdin.asked == 0
+
+
+def test_a_tick_with_nobody_to_ask(com):
+    com[IER] = RX
+    com.uart.tick()
+    assert com[LSR] & DR == 0
+
+
+def test_looking_in_loopback_asks_nobody():
+    stdin = Stdin(b"later")
+    com = Serial(stdin)
+    com[MCR] = LOOP
+    assert (com[LSR] & DR, com[RBR], stdin.asked) == (0, 0, 0)
+    com[MCR] = 0
+    assert com.read_all() == b"later"
+
+
+# --- output that fails -------------------------------------------------------------------------------------------------
+
+
+def test_output_that_raises_is_not_given_twice():
+    """The run loop gives an access during which a device raised to the device again."""
+    sent, levels = [], []
+
+    def output(data):
+        sent.append(data)
+        if data == b"!":
+            raise OSError("nobody takes it")
+
+    uart = Uart16550(output, levels.append)
+    uart.write(MCR, 1, OUT2)
+    uart.write(IER, 1, THRI)
+    assert uart.read(IIR, 1) == IS_TX
+    for _ in range(2):
+        with pytest.raises(OSError, match="nobody takes it"):
+            uart.write(THR, 1, ord("!"))
+        uart.write(THR, 1, ord("!"))
+        assert uart.read(IIR, 1) == IS_TX  # the second turn does what the first did not come to
+    uart.write(THR, 1, ord("?"))
+    assert sent == [b"!", b"!", b"?"]
 
 
 # --- loopback and modem status ---------------------------------------------------------------------------------------
@@ -347,6 +439,71 @@ def test_overrun_without_fifo(com):
     com[THR] = 2
     assert com[LSR] & (DR | OE) == DR | OE
     assert com[RBR] == 2
+
+
+@pytest.mark.parametrize("fifo", [0, 1])
+@pytest.mark.parametrize("order", ["loopback first", "break first"])
+def test_break_in_loopback(com, order, fifo):
+    """One zero byte, without a stop bit, when the break begins; LSR tells of it once. What is sent during it is lost."""
+    com[FCR], com[IER] = fifo, LINE
+    for register, value in [(MCR, LOOP), (LCR, BREAK | 3)][:: 1 if order == "loopback first" else -1]:
+        com[register] = value
+    assert com[IIR] & 0xF == IS_LINE
+    assert com[LSR] == FIFO_ERROR * fifo | TEMT | THRE | BI | FE | DR
+    assert com[LSR] == TEMT | THRE | DR
+    assert com[IIR] & 0xF == NONE
+    com[THR] = 0x55
+    assert (com[RBR], com[LSR]) == (0, TEMT | THRE)
+    com[LCR] = BREAK | 7  # it goes on
+    assert com[LSR] & (BI | DR) == 0
+    com[LCR] = 3
+    com[THR] = 0x55
+    assert (com[LSR], com[RBR]) == (TEMT | THRE | DR, 0x55)
+    assert com.sent == b""
+
+
+def test_a_break_shows_when_it_is_at_the_top_of_the_fifo(com):
+    com[FCR], com[MCR] = 1, LOOP
+    for byte in b"ab":
+        com[THR] = byte
+    com[LCR] = BREAK
+    com[LCR] = 0
+    com[THR] = ord("c")
+    assert [com[LSR] & (FIFO_ERROR | BI | DR) for _ in range(2)] == [FIFO_ERROR | DR] * 2  # somewhere in the FIFO
+    assert (com[RBR], com[RBR]) == (ord("a"), ord("b"))
+    assert com[LSR] & (FIFO_ERROR | BI | FE | DR) == FIFO_ERROR | BI | FE | DR
+    assert com[LSR] & (FIFO_ERROR | BI | FE | DR) == DR
+    assert (com[RBR], com[RBR]) == (0, ord("c"))
+
+
+def test_a_break_that_finds_no_room(com):
+    com[FCR], com[MCR] = 1, LOOP
+    for i in range(16):
+        com[THR] = i
+    com[LCR] = BREAK
+    assert com[LSR] & (OE | BI) == OE
+    assert com.read_all() == bytes(range(16))
+    com[FCR] = 0
+    com[LCR] = 0
+    com[THR] = 9
+    com[LCR] = BREAK
+    assert com[LSR] & (OE | BI | DR) == OE | BI | DR
+    assert com[RBR] == 0
+
+
+def test_clearing_the_fifo_clears_the_break_in_it(com):
+    com[FCR], com[MCR] = 1, LOOP
+    com[THR] = 1
+    com[LCR] = BREAK
+    com[FCR] = 1 | 2
+    assert com[LSR] == THRE | TEMT
+
+
+def test_a_break_on_the_line_is_nothing_to_the_receiver(com):
+    com[LCR] = BREAK
+    assert com[LSR] == THRE | TEMT
+    com[LCR] = 0
+    assert com[LSR] == THRE | TEMT
 
 
 def test_line_status_interrupt_comes_first(com):
