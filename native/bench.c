@@ -1,4 +1,4 @@
-/* See bench.h. Both functions return TSC units, or -errno. */
+/* See bench.h. Both functions return TSC units, or -errno. pykvm_bench_exits() gives -EINTR for a signal: called again, it goes on. */
 #include "bench.h"
 
 #include <errno.h>
@@ -15,10 +15,9 @@ int64_t pykvm_bench_exits(int fd, struct kvm_run *run, uint16_t stop_port)
 
 	for (;;) {
 		if (ioctl(fd, KVM_RUN, 0)) {
-			if (errno != EINTR)	/* the kernel may come back so without any signal of ours */
-				return -errno;
-			run->immediate_exit = 0;
-			continue;
+			if (errno == EINTR)
+				run->immediate_exit = 0;
+			return -errno;
 		}
 		switch (run->exit_reason) {
 		case KVM_EXIT_IO: {

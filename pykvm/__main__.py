@@ -2,6 +2,10 @@
 
 import sys
 
-from pykvm.cli import main
+try:
+    from pykvm.cli import main
 
-sys.exit(main())
+    status = main()
+except KeyboardInterrupt:  # before main() could see to it
+    status = 130
+sys.exit(status)

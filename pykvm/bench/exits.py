@@ -6,9 +6,11 @@ The guest makes ``batch`` exits of one kind and then writes to a stop port; all 
 
 from __future__ import annotations
 
+from errno import EINTR
+
 from pykvm.abi import ffi, lib
 from pykvm.assemble import asm
-from pykvm.bench.paired import Estimate, estimate, measure, paired
+from pykvm.bench.paired import Estimate, Interrupted, estimate, measure, paired
 from pykvm.bus import Native
 from pykvm.errors import KvmError
 from pykvm.machine import Machine
@@ -76,12 +78,19 @@ def _guest(kind: str, batch: int) -> bytes:
 def bench_exits(
     kinds: list[str], batch: int = 2000, rounds: int = 40, progress: Callable[[str, int, int], None] | None = None
 ) -> list[Row]:
-    """Measure each kind: ``rounds`` rounds of ``batch`` exits a loop."""
-    rows = []
-    for kind in kinds:
-        with Machine(_guest(kind, batch), mode="protected", memory="2M", loop="python") as machine:
-            tick = None if progress is None else (lambda i, n, kind=kind: progress(kind, i, n))
-            rows.append(_measure(machine, kind, batch, rounds, tick))
+    """Measure each kind: ``rounds`` rounds of ``batch`` exits a loop. Ctrl-C raises Interrupted with the rows so far."""
+    rows: list[Row] = []
+    try:
+        for kind in kinds:
+            with Machine(_guest(kind, batch), mode="protected", memory="2M", loop="python") as machine:
+                tick = None if progress is None else (lambda i, n, kind=kind: progress(kind, i, n))
+                rows.append(_measure(machine, kind, batch, rounds, tick))
+    except Interrupted as interrupt:
+        raise Interrupted([*rows, interrupt.measured]) from None
+    except KeyboardInterrupt:
+        if not rows:
+            raise
+        raise Interrupted(rows) from None
     return rows
 
 
@@ -102,7 +111,12 @@ def _measure(machine: Machine, kind: str, batch: int, rounds: int, progress: Cal
         return run
 
     def c() -> float:
+        start = rdtsc()
         taken = lib.pykvm_bench_exits(native.fd, native.run, STOP_PORT)
+        while taken == -EINTR:  # a signal: its handler, here, may raise; else the guest goes on from where it was
+            taken = lib.pykvm_bench_exits(native.fd, native.run, STOP_PORT)
+            if taken >= 0:
+                taken = rdtsc() - start
         if taken < 0:
             raise KvmError("KVM_RUN", -taken, "in the plain C loop")
         return float(taken) / batch
@@ -116,4 +130,8 @@ def _measure(machine: Machine, kind: str, batch: int, rounds: int, progress: Cal
                 return float(rdtsc() - start) / batch
 
     variants = {"C": c, "native": loop("native"), "python": loop("python"), "naive cffi, no device": naive}
-    return Row(kind, measure(variants, rounds, progress), machine.vcpu.get_tsc_khz())
+    khz = machine.vcpu.get_tsc_khz()
+    try:
+        return Row(kind, measure(variants, rounds, progress), khz)
+    except Interrupted as interrupt:
+        raise Interrupted(Row(kind, interrupt.measured, khz)) from None

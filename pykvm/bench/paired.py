@@ -11,8 +11,17 @@ import random
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
+    from typing import Any
 
-__all__ = ["Estimate", "measure", "median", "paired"]
+__all__ = ["Estimate", "Interrupted", "measure", "median", "paired"]
+
+
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C, after something has been measured: ``measured`` is what measure() or a benchmark would have returned, as far as it got."""
+
+    def __init__(self, measured: Any) -> None:
+        super().__init__()
+        self.measured = measured
 
 
 class Estimate:
@@ -59,19 +68,26 @@ def ratio(values: Sequence[float], base: Sequence[float]) -> Estimate:
 def measure(
     variants: dict[str, Callable[[], float]], rounds: int, progress: Callable[[int, int], None] | None = None
 ) -> dict[str, list[float]]:
-    """Each variant once a round, first in turn; one round to warm up is thrown away. Ctrl-C keeps the rounds that are complete."""
+    """Each variant once a round, first in turn; one round to warm up is thrown away.
+
+    Ctrl-C raises Interrupted with the rounds that are complete; KeyboardInterrupt when none is.
+    """
     names = list(variants)
-    taken: dict[str, list[float]] = {name: [] for name in names}
+    rounds_taken: list[dict[str, float]] = []  # Ctrl-C may come between any two steps, but an append is one
     try:
         for i in range(rounds + 1):
             order = names[i % len(names) :] + names[: i % len(names)]
             round_ = {name: variants[name]() for name in order}
             if i:
-                for name in names:
-                    taken[name].append(round_[name])
+                rounds_taken.append(round_)
             if progress is not None:
                 progress(i, rounds)
     except KeyboardInterrupt:
-        if not taken[names[0]]:
+        if not rounds_taken:
             raise
-    return taken
+        raise Interrupted(_by_name(names, rounds_taken)) from None
+    return _by_name(names, rounds_taken)
+
+
+def _by_name(names: list[str], rounds: list[dict[str, float]]) -> dict[str, list[float]]:
+    return {name: [round_[name] for round_ in rounds] for name in names}

@@ -11,7 +11,7 @@ import time
 
 from pykvm.abi import lib
 from pykvm.assemble import asm
-from pykvm.bench.paired import Estimate, estimate, measure, ratio
+from pykvm.bench.paired import Estimate, Interrupted, estimate, measure, ratio
 from pykvm.errors import KvmError
 from pykvm.exits import Hlt
 from pykvm.machine import Machine
@@ -107,10 +107,19 @@ def bench_in_process(rounds: int = 200, progress: Callable[[int, int], None] | N
                 m.run()
             return float(rdtsc() - start)
 
-        taken = measure({"C": c, "bare objects": bare, "Machine": machine}, rounds, progress)
         with system.create_vm() as vm:
             khz = vm.create_vcpu().get_tsc_khz()
-    return Comparison("create VM, run to the first exit, close", "C", taken, 1 / khz)
+        variants = {"C": c, "bare objects": bare, "Machine": machine}
+        return _compare("create VM, run to the first exit, close", "C", variants, rounds, progress, 1 / khz)
+
+
+def _compare(
+    title: str, base: str, variants: dict[str, Callable[[], float]], rounds: int, progress: Callable[[int, int], None] | None, to_ms: float
+) -> Comparison:
+    try:
+        return Comparison(title, base, measure(variants, rounds, progress), to_ms)
+    except Interrupted as interrupt:
+        raise Interrupted(Comparison(title, base, interrupt.measured, to_ms)) from None
 
 
 def bench_whole_process(rounds: int = 30, progress: Callable[[int, int], None] | None = None) -> Comparison:
@@ -140,4 +149,4 @@ def bench_whole_process(rounds: int = 30, progress: Callable[[int, int], None] |
             done = subprocess.run([*_QEMU, "-bios", rom], capture_output=True, stdin=subprocess.DEVNULL, timeout=60, check=False)
             if done.stdout.decode() == _GREETING:  # else it does not run here, and its time would mean nothing
                 variants["qemu -M microvm"] = process(*_QEMU, "-bios", rom)
-        return Comparison("a whole process", "python -c pass", measure(variants, rounds, progress), 1e3)
+        return _compare("a whole process", "python -c pass", variants, rounds, progress, 1e3)

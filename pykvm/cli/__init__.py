@@ -22,7 +22,7 @@ from pykvm.errors import (
     PykvmError,
 )
 
-__all__ = ["COMMANDS", "main"]
+__all__ = ["COMMANDS", "main", "say"]
 
 COMMANDS = {
     "run": "run a guest: a gallery name or an image file",
@@ -52,14 +52,25 @@ def main(argv: list[str] | None = None) -> int:
         status = _main(sys.argv[1:] if argv is None else argv)
         sys.stdout.flush()
         return status
+    except KeyboardInterrupt:  # outside of a command
+        say("pykvm: interrupted")
+        return 130
     except OSError as error:  # KvmErrors were caught: what is left is the output
         # What Python would still flush at exit has nowhere to go.
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         if isinstance(error, BrokenPipeError):
             return 141
         what = "writing the output" if error.filename is None else error.filename
-        print(f"pykvm: {what}: {error.strerror}", file=sys.stderr)
+        say(f"pykvm: {what}: {error.strerror}")
         return 74
+
+
+def say(text: str) -> None:
+    """A line on stderr. Where it cannot be written it is lost: the exit status tells what it would have told."""
+    try:
+        print(text, file=sys.stderr, flush=True)
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # where what waits in the buffer goes at exit
 
 
 def _open_closed_streams() -> None:
@@ -95,23 +106,23 @@ def _main(arguments: list[str]) -> int:
     except PykvmError as error:
         return _complain(error)
     except KeyboardInterrupt:
-        print("pykvm: interrupted", file=sys.stderr)
+        say("pykvm: interrupted")
         return 130
     except MemoryError:
-        print("pykvm: out of memory", file=sys.stderr)
+        say("pykvm: out of memory")
         return 71
 
 
 def _complain(error: PykvmError) -> int:
     sys.stdout.flush()
     if isinstance(error, GuestCrash):
-        print(f"pykvm: the guest crashed: {error.explanation}", file=sys.stderr)
+        say(f"pykvm: the guest crashed: {error.explanation}")
     else:
-        print(f"pykvm: {error}", file=sys.stderr)
+        say(f"pykvm: {error}")
     console = getattr(error, "console", "")
     if console:
-        print("--- the last console lines ---", file=sys.stderr)
-        print(console, file=sys.stderr)
+        say("--- the last console lines ---")
+        say(console)
     return getattr(error, "exit_status", 0) or next((status for kind, status in _STATUS if isinstance(error, kind)), 1)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 
+from pykvm.cli import say
 from pykvm.cli.options import Command, Option, whole
 
 TYPE_CHECKING = False
@@ -18,7 +19,8 @@ COMMAND = Command(
     "exits|start",
     "exits: the round trip of an exit through the plain C loop, the native loop and the Python loop into a Python device.\n"
     "start: from nothing to a guest's first exit and gone again, in-process beside C, and as a whole process.\n"
-    "Medians with 95 % intervals; differences are taken within a round, so a noisy machine widens intervals, not results.",
+    "Medians with 95 % intervals; differences are taken within a round, so a noisy machine widens intervals, not results.\n"
+    "Ctrl-C ends it with status 130, after printing what was measured until then.",
     [
         Option("--rounds", "rounds to measure", "N", 40, whole),
         Option("--batch", "exits a round and loop (bench exits)", "N", 2000, whole),
@@ -52,20 +54,34 @@ def _progress(label: str) -> Callable[[int, int], None] | None:
 
 def _exits(kinds: list[str], batch: int, rounds: int, json: bool) -> int:
     from pykvm.bench.exits import KINDS, bench_exits
+    from pykvm.bench.paired import Interrupted
     from pykvm.errors import ConfigError
 
     for kind in kinds:
         if kind not in KINDS:
             raise ConfigError(f"unknown kind {kind!r}: use one of {', '.join(KINDS)}")
     show = _progress("bench exits")
-    rows = bench_exits(kinds or list(KINDS), batch, rounds, None if show is None else lambda kind, i, n: show(i, n))
+    interrupted = False
+    try:
+        rows = bench_exits(kinds or list(KINDS), batch, rounds, None if show is None else lambda kind, i, n: show(i, n))
+    except Interrupted as interrupt:
+        rows, interrupted = interrupt.measured, True
     if json:
         from json import dumps
 
         print(dumps({"schema": 1, "benchmark": "exits", "batch": batch, "rows": [row.as_dict() for row in rows]}, indent=2))
     else:
         print(_exit_table(rows))
-    return 0
+    return _status(interrupted)
+
+
+def _status(interrupted: bool) -> int:
+    if not interrupted:
+        return 0
+    sys.stdout.flush()
+    end = "\r\x1b[K" if sys.stderr.isatty() else ""  # over the progress line
+    say(f"{end}pykvm: interrupted; this is what was measured until then")
+    return 130
 
 
 def _exit_table(rows: list[Row]) -> str:
@@ -84,19 +100,28 @@ def _exit_table(rows: list[Row]) -> str:
 
 
 def _start(rounds: int, json: bool) -> int:
+    from pykvm.bench.paired import Interrupted
     from pykvm.bench.start import bench_in_process, bench_whole_process
 
-    both = [
-        bench_in_process(5 * rounds, _progress("bench start, in-process")),
-        bench_whole_process(rounds, _progress("bench start, whole processes")),
-    ]
+    both: list[Comparison] = []
+    interrupted = False
+    try:
+        both.append(bench_in_process(5 * rounds, _progress("bench start, in-process")))
+        both.append(bench_whole_process(rounds, _progress("bench start, whole processes")))
+    except Interrupted as interrupt:
+        both.append(interrupt.measured)
+        interrupted = True
+    except KeyboardInterrupt:
+        if not both:
+            raise
+        interrupted = True
     if json:
         from json import dumps
 
         print(dumps({"schema": 1, "benchmark": "start", "comparisons": [c.as_dict() for c in both]}, indent=2))
     else:
         print("\n\n".join(map(_comparison, both)))
-    return 0
+    return _status(interrupted)
 
 
 def _comparison(c: Comparison) -> str:

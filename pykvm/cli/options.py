@@ -64,6 +64,7 @@ class Command:
                 break
             if word in ("-h", "--help"):
                 print(self.help())
+                sys.stdout.flush()
                 sys.exit(0)
             if not word.startswith("-") or word == "-":
                 operands.append(word)

@@ -9,8 +9,9 @@ from __future__ import annotations
 import os
 import sys
 
+from pykvm.cli import say
 from pykvm.cli.options import Command, Option, number
-from pykvm.errors import GuestCrash
+from pykvm.errors import GuestCrash, GuestNeedsError
 from pykvm.machine import Machine
 from pykvm.units import parse_address
 
@@ -114,7 +115,8 @@ def main(argv: list[str]) -> int:
         poll_input=_Input(output).poll,
     )
     with machine:
-        machine.runner.on_heartbeat = output.flush
+        _check_needs(machine)
+        machine.on_heartbeat = output.flush
         crash = None
         interrupted = False
         try:
@@ -138,6 +140,16 @@ def main(argv: list[str]) -> int:
         return status
 
 
+def _check_needs(machine: Machine) -> None:
+    """What the image's note says that it needs must be there: a guest that cannot run says so, rather than crash."""
+    if machine.info.note.get("needs"):
+        from pykvm.needs import unmet
+
+        why = unmet(machine.info.note, machine.system)
+        if why:
+            raise GuestNeedsError(machine.info.path, why)
+
+
 def _status(result: Result, qemu: bool) -> int:
     if result.reason == "timeout":
         return 124
@@ -154,33 +166,32 @@ def _report(machine: Machine, result: Result, status: int, timeout: float) -> No
     if result.stats is not None:
         print(_table(result.stats))
     sys.stdout.flush()
-    err = sys.stderr
     wanted = machine.info.note.get("mode", machine.info.mode)
     if wanted != machine.info.mode:
-        print(f"pykvm: the image asks for {wanted} mode; it was started in {machine.info.mode} mode, as --mode said", file=err)
+        say(f"pykvm: the image asks for {wanted} mode; it was started in {machine.info.mode} mode, as --mode said")
     missing = machine.cpu_model.missing(machine.system) if machine.cpu_model is not None else frozenset()
     if missing:
-        print(f"pykvm: this host's KVM cannot give: {' '.join(sorted(missing))}; the guest runs without", file=err)
+        say(f"pykvm: this host's KVM cannot give: {' '.join(sorted(missing))}; the guest runs without")
     for (index, write), count in [] if machine.msrs is None else machine.msrs.refused.items():
-        print(f"pykvm: #GP: {'WRMSR to' if write else 'RDMSR from'} {index:#x}{f', {count} times' if count > 1 else ''}", file=err)
+        say(f"pykvm: #GP: {'WRMSR to' if write else 'RDMSR from'} {index:#x}{f', {count} times' if count > 1 else ''}")
     for (space, at, size, is_write), count in list(result.unclaimed.items())[:8]:
         where = f"port {at:#x}" if space == "pio" else f"gpa {at:#x}"
         what = f"{'write to' if is_write else 'read from'} {where}, {size} byte{'s' * (size > 1)}"
-        print(f"pykvm: no device claims: {what}{f', {count} times' if count > 1 else ''}", file=err)
+        say(f"pykvm: no device claims: {what}{f', {count} times' if count > 1 else ''}")
     if len(result.unclaimed) > 8:
-        print(f"pykvm: ... and {len(result.unclaimed) - 8} more kinds of accesses that no device claims", file=err)
+        say(f"pykvm: ... and {len(result.unclaimed) - 8} more kinds of accesses that no device claims")
     if machine.console.dropped:
-        print(f"pykvm: {machine.console.dropped} bytes of console output were too many to keep", file=err)
+        say(f"pykvm: {machine.console.dropped} bytes of console output were too many to keep")
     if status == 130:
-        print("pykvm: interrupted", file=err)
+        say("pykvm: interrupted")
     elif status == 70:
-        print(f"pykvm: the guest crashed: {result.explanation}", file=err)
+        say(f"pykvm: the guest crashed: {result.explanation}")
     elif status == 124:
-        print(f"pykvm: time limit of {timeout:g} s: {result.explanation}", file=err)
+        say(f"pykvm: time limit of {timeout:g} s: {result.explanation}")
     elif result.reason == "reset":
-        print("pykvm: the guest reset itself", file=err)
+        say("pykvm: the guest reset itself")
     elif status == 63 and (result.exit_code or 0) > 63:
-        print(f"pykvm: debug exit code {result.exit_code} ({result.exit_code:#x})", file=err)
+        say(f"pykvm: debug exit code {result.exit_code} ({result.exit_code:#x})")
 
 
 def _table(rows: list[StatRow]) -> str:

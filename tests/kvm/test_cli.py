@@ -242,13 +242,45 @@ def test_a_reader_that_has_gone(words):
 
 
 @slow
-@pytest.mark.parametrize("words", [("run", "hello"), ("run", "hello", "--stats"), ("run", "hello", "--json"), ("guests",), ("--help",)])
+@pytest.mark.parametrize(
+    "words",
+    [("run", "hello"), ("run", "hello", "--stats"), ("run", "hello", "--json"), ("guests",), ("--help",), ("run", "--help")],
+)
 def test_a_full_disk(words):
     with open("/dev/full", "wb") as full:
         done = run(*words, stdout=full)
     assert done.returncode != 0
     assert done.stderr.startswith("pykvm: ") and done.stderr.count("\n") == 1
     assert "No space left on device" in done.stderr
+
+
+@slow
+@pytest.mark.parametrize(
+    ("words", "status"),
+    [
+        (("run", "triple_fault"), 70),
+        (("run", "spin", "--timeout", "0.1"), 124),
+        (("run", "helo"), 65),
+        (("rum", "hello"), 64),
+        (("run", "hello", "--mode", "real"), 64),
+    ],
+)
+def test_nowhere_to_complain(words, status):
+    """The exit status says it all the same."""
+    with open("/dev/full", "wb") as full:
+        assert subprocess.run([*PYKVM, *words], stdout=subprocess.PIPE, stderr=full, timeout=PATIENCE).returncode == status
+    reading, writing = os.pipe()
+    os.close(reading)
+    try:
+        assert subprocess.run([*PYKVM, *words], stdout=subprocess.PIPE, stderr=writing, timeout=PATIENCE).returncode == status
+    finally:
+        os.close(writing)
+
+
+@slow
+def test_nowhere_to_print_nor_to_complain():
+    with open("/dev/full", "wb") as full:
+        assert subprocess.run([*PYKVM, "run", "hello"], stdout=full, stderr=full, timeout=PATIENCE).returncode == 74
 
 
 @slow
