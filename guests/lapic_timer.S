@@ -31,7 +31,7 @@ _start:
 
     apic_write APIC_LVT_TIMER, ONE_SHOT
     apic_write APIC_INITIAL, COUNT
-    halt_until one_shots, 1
+    halt_once
     apic_read APIC_CURRENT
     test eax, eax
     jnz still_counting
@@ -64,7 +64,7 @@ not_stopped:
 on_one_shot:
     inc dword ptr [rip + one_shots]
     eoi
-    iretq
+    return_behind_halt
 
 on_periodic:
     inc dword ptr [rip + ticks]

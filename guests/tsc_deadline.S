@@ -47,13 +47,8 @@ _start:
     shr rdx, 32
     mov ecx, IA32_TSC_DEADLINE
     wrmsr
-2:  cli
-    cmp [rip + interrupts], ebx
-    jae 3f
-    sti
-    hlt
-    jmp 2b
-3:  mov ecx, IA32_TSC_DEADLINE
+    halt_once
+    mov ecx, IA32_TSC_DEADLINE
     rdmsr
     or eax, edx
     jnz not_cleared
@@ -79,7 +74,7 @@ on_deadline:
     jb early
     inc dword ptr [rip + interrupts]
     eoi
-    iretq
+    return_behind_halt
 
 define_puts
 define_put_dec
