@@ -21,8 +21,10 @@ UNKNOWN = "unknown"
 _VULNERABILITIES = (  # those whose mitigations run on VM entry or exit, or change how guest memory is mapped
     "l1tf", "mds", "mmio_stale_data", "itlb_multihit", "retbleed", "spectre_v2", "spec_store_bypass", "spec_rstack_overflow",
 )  # fmt: skip
-# Capability: what pykvm does with it.
+# Capability: what pykvm does with it. A unit test has all that the sources name in here, and those that ioctls stand for.
 CAPABILITIES = {
+    "KVM_CAP_CHECK_EXTENSION_VM": "capabilities that depend on the VM",
+    "KVM_CAP_ENABLE_CAP_VM": "switching capabilities on",
     "KVM_CAP_USER_MEMORY": "memory slots",
     "KVM_CAP_NR_MEMSLOTS": "how many of them",
     "KVM_CAP_READONLY_MEM": "read-only slots (ROM)",
@@ -31,13 +33,34 @@ CAPABILITIES = {
     "KVM_CAP_NR_VCPUS": "recommended number of vCPUs",
     "KVM_CAP_MAX_VCPUS": "most vCPUs",
     "KVM_CAP_EXT_CPUID": "CPUID of the guest",
+    "KVM_CAP_TSC_DEADLINE_TIMER": "TSC deadline timer of the LAPIC",
     "KVM_CAP_IMMEDIATE_EXIT": "kicks and time limits without a race",
     "KVM_CAP_SYNC_REGS": "registers with each exit, without an ioctl",
+    "KVM_CAP_INTERNAL_ERROR_DATA": "what the emulator could not do",
+    "KVM_CAP_MEMORY_FAULT_INFO": "which gpa could not be mapped",
     "KVM_CAP_MP_STATE": "whether a vCPU is halted",
     "KVM_CAP_VCPU_EVENTS": "exceptions and interrupts in flight",
     "KVM_CAP_XCRS": "AVX in user mode (XCR0)",
+    "KVM_CAP_DEBUGREGS": "debug registers",
     "KVM_CAP_SET_GUEST_DEBUG": "single step and breakpoints",
     "KVM_CAP_GET_TSC_KHZ": "times in --stats",
+    "KVM_CAP_ADJUST_CLOCK": "kvmclock stands still while a machine is paused",
+    "KVM_CAP_IRQCHIP": "--irqchip kernel: PIC, IOAPIC and LAPICs",
+    "KVM_CAP_PIT2": "--irqchip kernel: the PIT",
+    "KVM_CAP_SPLIT_IRQCHIP": "--irqchip split: LAPICs alone",
+    "KVM_CAP_IRQ_ROUTING": "where a GSI leads",
+    "KVM_CAP_SIGNAL_MSI": "MSIs from user space",
+    "KVM_CAP_IRQFD": "interrupts by eventfd",
+    "KVM_CAP_IRQFD_RESAMPLE": "level-triggered ones",
+    "KVM_CAP_USER_NMI": "NMIs from user space",
+    "KVM_CAP_IOEVENTFD": "writes that signal an eventfd and do not exit",
+    "KVM_CAP_COALESCED_MMIO": "MMIO writes that wait for the next exit",
+    "KVM_CAP_COALESCED_PIO": "port writes that wait for the next exit",
+    "KVM_CAP_X86_USER_SPACE_MSR": "MSRs answered in user space",
+    "KVM_CAP_X86_MSR_FILTER": "which MSRs those are",
+    "KVM_CAP_EXIT_HYPERCALL": "hypercalls that reach user space, one bit each",
+    "KVM_CAP_X86_BUS_LOCK_EXIT": "exits of kind BusLock, for who switches them on",
+    "KVM_CAP_X86_NOTIFY_VMEXIT": "exits of kind Notify, for who switches them on",
 }
 
 
