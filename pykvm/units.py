@@ -10,10 +10,15 @@ _SUFFIX = {"": 1, "K": KIB, "M": MIB, "G": GIB, "T": 1 << 40}
 
 
 def parse_size(text: str | int) -> int:
-    """Bytes of ``"4096"``, ``"0x1000"``, ``"64K"``, ``"16M"``, ``"1.5G"``, ``"16MiB"``. Raises ConfigError."""
+    """Bytes of ``"4096"``, ``"0x1000"``, ``"64K"``, ``"16M"``, ``"1.5G"``, ``"16MiB"``. Raises ConfigError.
+
+    A final B is bytes, but after 0x, where it is a digit: ``"0x10KB"`` has both.
+    """
     if isinstance(text, int):
         return text
-    body = text.strip().upper().removesuffix("B").removesuffix("I")
+    body = text.strip().upper()
+    if not body.lstrip("+-").startswith("0X") or body.endswith(("KB", "MB", "GB", "TB", "IB")):
+        body = body.removesuffix("B").removesuffix("I")
     suffix = body[-1:] if body[-1:] in "KMGT" else ""
     number = body.removesuffix(suffix) if suffix else body
     try:

@@ -212,6 +212,17 @@ def test_sizes():
         3 << 29,
         7,
     ]
+    assert [parse_size(s) for s in ("100B", "2KB", "0x100B", "0xB", "0x1b", "0x10K", "0x10KB", "0x1GiB", "0xBB")] == [
+        100,
+        2048,
+        0x100B,
+        0xB,
+        0x1B,
+        16384,
+        16384,
+        1 << 30,
+        0xBB,
+    ]
     assert format_size(16 << 20) == "16M"
     assert format_size(4097) == "4097"
     for bad in ("", "M", "-1", "1.3", "12Q", "1e3"):
