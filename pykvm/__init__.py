@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from pykvm.errors import GuestCrash as GuestCrash
     from pykvm.errors import GuestImageError as GuestImageError
     from pykvm.errors import GuestMemoryError as GuestMemoryError
+    from pykvm.errors import GuestNeedsError as GuestNeedsError
     from pykvm.errors import HostError as HostError
     from pykvm.errors import KvmError as KvmError
     from pykvm.errors import KvmUnavailableError as KvmUnavailableError
@@ -85,7 +86,8 @@ __version__ = "0.1.0"
 _HOME = {
     "pykvm.assemble": "asm",
     "pykvm.bus": "Bus Native",
-    "pykvm.errors": "AsmError CapabilityError ConfigError DeviceOverlapError GuestCrash GuestImageError GuestMemoryError HostError "
+    "pykvm.errors": "AsmError CapabilityError ConfigError DeviceOverlapError GuestCrash GuestImageError GuestMemoryError GuestNeedsError "
+    "HostError "
     "KvmError KvmUnavailableError MemSlotError PykvmError",
     "pykvm.exit_reason": "ExitReason",
     "pykvm.exits": "ApResetHold BusLock Debug DirtyRingFull Eagain ExceptionExit Exit FailEntry Hlt Hypercall Hyperv InternalError "

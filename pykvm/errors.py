@@ -61,6 +61,16 @@ class CapabilityError(PykvmError):
         self.cap = cap
 
 
+class GuestNeedsError(PykvmError):
+    """The image says that it needs something of the host that is not there (needs.py); ``path`` and ``why``."""
+
+    exit_status = 69
+
+    def __init__(self, path: str, why: str) -> None:
+        super().__init__(f"{path} cannot run on this host: {why}; an emulated one may have it (pykvm host run --cpu intel, or amd)")
+        self.path, self.why = path, why
+
+
 class ConfigError(PykvmError, ValueError):
     """The caller asked for something that cannot be: a memory size of 0, an entry outside RAM, an unknown mode."""
 

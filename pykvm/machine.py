@@ -38,6 +38,7 @@ from pykvm.platform import (
     KBD_DATA,
     POST,
     RESET_CONTROL,
+    RTC_GSI,
     RTC_INDEX,
     SCRATCH_GPA,
     SCRATCH_PORT,
@@ -85,7 +86,8 @@ class Machine:
     (PIC, IOAPIC, LAPICs and PIT in KVM) or "split" (LAPICs in KVM, the IOAPIC here); what the note asks for, else none, but with several
     vCPUs "kernel". ``cpu``: a CPU model (x86.cpumodel.CpuModel.parse), by default all that KVM offers.
     ``loop``: "native" or "python". ``stats``: record every exit. ``strict``: an access that nobody claims is a crash.
-    ``on_output``: called with bytes as the guest prints; ``poll_input``: called for console input, returns bytes.
+    ``on_output``: called with bytes as the guest prints; ``poll_input``: called for console input, returns bytes. ``on_heartbeat`` (an
+    attribute): called ten times a second or more while the guest runs.
 
     The parts are attributes: ``system``, ``vm``, ``vcpus``, ``vcpu`` (the first), ``memory``, ``bus``,
     ``uart``, ``console``, ``post``, ``rtc``, ``info``.
@@ -116,6 +118,7 @@ class Machine:
         self._stats: Stats | None = None
         self._services: Services | None = None
         self._clock: int | None = None
+        self.on_heartbeat: Callable[[], object] | None = None
         self.msrs: MsrHandlers | None = None
         self.ioapic: Ioapic | None = None
         self.cpu_model: CpuModel | None = None
@@ -205,8 +208,17 @@ class Machine:
                 runner.heartbeat = WATCHFUL
             if self.ioapic is not None:
                 runner.on_eoi = self.ioapic.eoi
+        self.runner.on_heartbeat = self._tick
         self.bus.on_change = self._on_bus_change
         self.group = VcpuGroup(self.runners, watch_idle=in_kernel, pin=pin)
+
+    def _tick(self) -> None:
+        """Between two entries of vCPU 0, now and then: time passes for devices, and input comes in."""
+        with self.runner.lock:
+            self.uart.tick()
+            self.rtc.tick()
+        if self.on_heartbeat is not None:
+            self.on_heartbeat()
 
     def _on_bus_change(self) -> None:
         for runner in self.runners:
@@ -235,10 +247,10 @@ class Machine:
 
     def _add_platform(self, poll_input: Callable[[], bytes] | None) -> None:
         pio = self.bus.pio
-        irq = None if self.vm.irqchip == "none" else self.irq(COM1_GSI).set
-        self.uart = Uart16550(self.console.extend, irq, poll=poll_input)
+        has_chip = self.vm.irqchip != "none"
+        self.uart = Uart16550(self.console.extend, self.irq(COM1_GSI).set if has_chip else None, poll=poll_input)
         self.post = PostPort()
-        self.rtc = Rtc(memory=self.memory.size)
+        self.rtc = Rtc(memory=self.memory.size, irq=self.irq(RTC_GSI).set if has_chip else None)
         pio.add(COM1, 8, self.uart)
         pio.add(DEBUG_CONSOLE, 1, DebugConsole(self.console), native=Native.append(self.console))
         pio.add(DEBUG_EXIT, 4, DebugExit(self.stop))
