@@ -157,3 +157,23 @@ def test_the_c_loop_goes_on_after_other_signals():
         signal.signal(signal.SIGALRM, before)
     assert heard
     assert [row.rounds for row in rows] == [2, 2]
+
+
+# --- irq and loop -----------------------------------------------------------------------------------------------------
+
+
+@slow
+def test_bench_irq_counts_only_interrupts_that_came(capsys):
+    assert bench.main(["irq", "--batch", "20", "--rounds", "2", "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["benchmark"] == "irq"
+    assert min(told["c"]["median"], told["python"]["median"]) > 0
+    assert told["ratio"]["low"] <= told["ratio"]["median"] <= told["ratio"]["high"]
+
+
+@slow
+def test_bench_loop_counts_what_each_vcpu_does(capsys):
+    assert bench.main(["loop", "--rounds", "1", "--cpus", "2", "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)["rows"]
+    assert len(rows) == 3
+    assert all(row["one_per_second"]["median"] > 0 and list(row["ratios"]) == ["2"] for row in rows)
