@@ -34,6 +34,7 @@ class System:
         self.fd = -1
         self._cpuid: Cpuid | None = None
         self._caps: dict[str, int] = {}
+        self._run_size = 0
         machine = os.uname().machine
         if machine != "x86_64":
             raise KvmUnavailableError(path, f"this machine is {machine}; pykvm runs x86 guests on x86_64 hosts")
@@ -77,6 +78,13 @@ class System:
     def get_vcpu_mmap_size(self) -> int:
         """KVM_GET_VCPU_MMAP_SIZE: bytes of the area that vCPU and user space share."""
         return ioctl_value(self.fd, "KVM_GET_VCPU_MMAP_SIZE")
+
+    @property
+    def run_size(self) -> int:
+        """The same, asked once."""
+        if not self._run_size:
+            self._run_size = self.get_vcpu_mmap_size()
+        return self._run_size
 
     def create_vm(self) -> VM:
         """KVM_CREATE_VM, and the two addresses that hosts without unrestricted guest need set before any vCPU."""

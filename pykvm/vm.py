@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 
 from pykvm.abi import Struct, capability, ffi, flexible, ioctl, ioctl_value, lib, new
-from pykvm.errors import CapabilityError, ConfigError
+from pykvm.errors import CapabilityError, ConfigError, KvmError
 from pykvm.platform import IDENTITY_MAP_GPA, TSS_ADDR_GPA
 from pykvm.units import format_size
 from pykvm.vcpu import VCPU
@@ -59,7 +59,7 @@ class VM:
         self.vcpus: list[VCPU] = []
         self.memory: GuestMemory | None = None
         self.irqchip: Literal["none", "kernel", "split"] = "none"
-        self._run_size = system.get_vcpu_mmap_size()
+        self._run_size = system.run_size
         self.sync_regs = system.check_extension("KVM_CAP_SYNC_REGS")
         self.coalesced_page = system.check_extension("KVM_CAP_COALESCED_MMIO")  # where in the kvm_run area its ring is
         self.handle = VmHandle(ioctl_value(system.fd, "KVM_CREATE_VM", 0))
@@ -110,7 +110,11 @@ class VM:
     def set_user_memory_region(self, slot: int, flags: int, gpa: int, size: int, hva: int) -> None:
         """KVM_SET_USER_MEMORY_REGION (api.rst 4.35): ``size`` bytes at host address ``hva`` become the guest's ``gpa``."""
         region = ffi.new("struct kvm_userspace_memory_region *", (slot, flags, gpa, size, hva))
-        ioctl(self.fd, "KVM_SET_USER_MEMORY_REGION", region, f"slot {slot}: {format_size(size)} at gpa {gpa:#x}")
+        try:
+            ioctl(self.fd, "KVM_SET_USER_MEMORY_REGION", region)
+        except KvmError as error:
+            error.detail = f"slot {slot}: {format_size(size)} at gpa {gpa:#x}"
+            raise
 
     def set_tss_addr(self, gpa: int) -> None:
         """KVM_SET_TSS_ADDR: three pages below 4 GiB that no slot may use."""
