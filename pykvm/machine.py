@@ -117,7 +117,8 @@ class Machine:
         self._closed = False
         self._stats: Stats | None = None
         self._services: Services | None = None
-        self._clock: int | None = None
+        self._clock: int | None = None  # where kvmclock stands while it does
+        self._running, self._clock_lock = False, RLock()
         self.on_heartbeat: Callable[[], object] | None = None
         self.msrs: MsrHandlers | None = None
         self.ioapic: Ioapic | None = None
@@ -420,11 +421,11 @@ class Machine:
             raise ConfigError(f"a time limit of {timeout} seconds: give a positive number, or None for no limit")
         if self._closed:
             raise ConfigError("the machine is closed")
-        self._thaw_clock()
+        self._turn_clock(running=True)
         try:
             stop = self.group.run(timeout)
         finally:
-            self._freeze_clock()
+            self._turn_clock(running=False)
         result = Result(self, stop)
         if stop.reason == "crash" or (stop.reason == "timeout" and explain):
             from pykvm.debug.explain import explain_stop
@@ -445,21 +446,26 @@ class Machine:
     def pause(self) -> None:
         """From another thread: the vCPUs leave the guest and wait until resume(); kvmclock and the run's time limit wait too."""
         self.group.pause()
-        self._freeze_clock()
+        self._turn_clock()
 
     def resume(self) -> None:
         """Go on after pause()."""
-        self._thaw_clock()
+        self._turn_clock(paused=False)
         self.group.resume()
 
-    def _freeze_clock(self) -> None:
-        if self.vm.irqchip != "none":
-            self._clock = int(self.vm.get_clock().clock)
-
-    def _thaw_clock(self) -> None:
-        if self._clock is not None:
-            self.vm.set_clock(self._clock)
-            self._clock = None
+    def _turn_clock(self, *, running: bool | None = None, paused: bool | None = None) -> None:
+        """kvmclock goes while a run is in progress that is not paused, and stands still else."""
+        if self.vm.irqchip == "none":
+            return
+        with self._clock_lock:
+            if running is not None:
+                self._running = running
+            goes = self._running and not (self.group.paused if paused is None else paused)
+            if goes and self._clock is not None:
+                self.vm.set_clock(self._clock)
+                self._clock = None
+            elif not goes and self._clock is None:
+                self._clock = int(self.vm.get_clock().clock)
 
     def exit_counts(self) -> dict[int, int]:
         """Exits of all vCPUs, by number of their reason."""

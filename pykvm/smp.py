@@ -111,8 +111,11 @@ class VcpuGroup:
 
         ends: list[Stop | BaseException] = []
         first = Lock()
+        abandoned = False
 
         def work(index: int) -> None:
+            if abandoned:
+                return
             end: Stop | BaseException
             try:
                 if self.pin:
@@ -130,13 +133,23 @@ class VcpuGroup:
                             other.stop()
 
         threads = [Thread(target=work, args=(i,), name=f"vCPU {i}", daemon=True) for i in range(1, len(self.runners))]
-        for thread in threads:
-            thread.start()
-        work(0)
-        for thread in threads:
-            thread.join()
-        for runner in self.runners:
-            runner.take_back_stop()
+        try:
+            for thread in threads:
+                thread.start()
+            work(0)
+            for thread in threads:
+                thread.join()
+        except BaseException:  # Ctrl-C, or no more threads to be had
+            abandoned = True
+            for runner in self.runners:
+                runner.stop()
+            for thread in threads:
+                if thread.ident is not None:
+                    thread.join()
+            raise
+        finally:
+            for runner in self.runners:
+                runner.take_back_stop()
         errors = [end for end in ends if isinstance(end, BaseException)]
         if errors:
             raise errors[0]

@@ -269,7 +269,6 @@ def test_ctrl_c_ends_the_run_of_all(loop):
         assert counters(machine) > at
 
 
-@pytest.mark.xfail(reason="VcpuGroup looks after the other threads only once vCPU 0 runs: Ctrl-C before that leaves them in the guest")
 def test_ctrl_c_while_the_threads_start(monkeypatch):
     start = threading.Thread.start
 

@@ -171,10 +171,6 @@ def test_kvmclock_does_not_jump_between_two_runs(loop):
         check_clock(machine, since, first, stood)
 
 
-CLOCK_RUNS_ON = "run() sets the clock going while the machine is paused, and at its end takes the time of the pause for the guest's"
-
-
-@pytest.mark.xfail(reason=CLOCK_RUNS_ON)
 def test_kvmclock_does_not_jump_over_a_pause_that_began_before_the_run():
     with flat(CLOCK) as machine:
         since = time.monotonic()
@@ -190,7 +186,6 @@ def test_kvmclock_does_not_jump_over_a_pause_that_began_before_the_run():
         check_clock(machine, since, first, stood)
 
 
-@pytest.mark.xfail(reason=CLOCK_RUNS_ON)
 def test_kvmclock_does_not_jump_over_a_pause_that_the_run_ends_in():
     with flat(CLOCK) as machine:
         with Running(machine):
@@ -204,7 +199,6 @@ def test_kvmclock_does_not_jump_over_a_pause_that_the_run_ends_in():
         check_clock(machine, since, first, stood)
 
 
-@pytest.mark.xfail(reason="a second pause() takes the time since the first one for the guest's")
 def test_kvmclock_and_pausing_twice():
     with flat(CLOCK) as machine, Running(machine):
         since, first = first_reading(machine)
