@@ -194,6 +194,9 @@ class Machine:
         self.cpu_model = CpuModel.parse(cpu or "host", self.system)
         for vcpu in self.vcpus:
             vcpu.set_cpuid2(self.cpu_model.cpuid(self.system, vcpu.id, self.cpus, lapic=lapic))
+        if self.cpus > 1:
+            # KVM's map of APIC ids lacks the newest vCPU until some LAPIC changes: INIT and SIPI to it would be lost.
+            self.vcpus[-1].set_lapic(self.vcpus[-1].get_lapic())
 
     def _add_runners(self, loop: str, stats: bool, pin: bool) -> None:
         """One for each vCPU; what they share is the bus and, where there are several, a lock."""

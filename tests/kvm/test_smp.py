@@ -340,3 +340,33 @@ def test_many_runs_leave_nothing(irqchip, loop):
     for _ in range(5):
         once(1)
     assert held() == before
+
+
+def test_init_and_sipi_before_any_lapic_is_enabled():
+    """KVM was seen to lose them until some vCPU had written to its LAPIC."""
+    source = """
+        mov esi, offset ap
+        mov edi, 0x8000
+        mov ecx, 16
+        rep movsb
+        mov ebx, 0xfee00000
+        mov dword ptr [ebx + 0x310], 0x01000000
+        mov dword ptr [ebx + 0x300], 0x4500
+        mov ecx, 1000
+1:      dec ecx
+        jnz 1b
+        mov dword ptr [ebx + 0x310], 0x01000000
+        mov dword ptr [ebx + 0x300], 0x4608
+        sti
+2:      pause
+        cmp dword ptr [0x9000], 0
+        je 2b
+        mov al, [0x9000]
+        out 0xf4, al
+        hlt
+ap:     .code16
+        mov byte ptr [0x9000], 42
+        hlt
+    """
+    with Machine(pykvm.asm(source, bits=32, org=0x100000), mode="protected", memory="2M", cpus=2) as machine:
+        assert machine.run(TIMEOUT).exit_code == 42
