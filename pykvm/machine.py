@@ -10,44 +10,21 @@ from __future__ import annotations
 import os
 from _thread import RLock
 
-from pykvm import gallery
 from pykvm.bus import Bus, Native
 from pykvm.console import Console
-from pykvm.devices.debugconsole import DebugConsole
-from pykvm.devices.debugexit import DebugExit
 from pykvm.devices.exceptionreport import ExceptionReport
-from pykvm.devices.post import PostPort
-from pykvm.devices.reset import KeyboardController, ResetControl
 from pykvm.devices.rom import Rom
-from pykvm.devices.rtc import Rtc
-from pykvm.devices.scratch import Scratch
-from pykvm.devices.uart16550 import Uart16550
 from pykvm.errors import ConfigError, GuestCrash, GuestImageError
 from pykvm.loaders import load, peek
+from pykvm.loaders.source import read_image
 from pykvm.memory import GuestMemory
-from pykvm.platform import (
-    CMDLINE_GPA,
-    COM1,
-    COM1_GSI,
-    DEBUG_CONSOLE,
-    DEBUG_EXIT,
-    EXCEPTION_REPORT,
-    HYPERCALL_GPA,
-    HYPERCALL_PORT,
-    IOAPIC_GPA,
-    KBD_DATA,
-    POST,
-    RESET_CONTROL,
-    RTC_GSI,
-    RTC_INDEX,
-    SCRATCH_GPA,
-    SCRATCH_PORT,
-)
+from pykvm.pc import Pc
+from pykvm.platform import CMDLINE_GPA, EXCEPTION_REPORT, HYPERCALL_GPA, HYPERCALL_PORT, IOAPIC_GPA
 from pykvm.result import Result
 from pykvm.runner import WATCHFUL, Runner, Stop
 from pykvm.smp import VcpuGroup
 from pykvm.system import System
-from pykvm.units import PAGE_SIZE, format_size, parse_address, parse_size
+from pykvm.units import PAGE_SIZE, parse_address, parse_size
 from pykvm.x86.modes import mode_named
 
 TYPE_CHECKING = False
@@ -71,7 +48,6 @@ __all__ = ["Machine", "Result"]
 
 DEFAULT_MEMORY = "16M"
 IRQCHIPS = ("none", "kernel", "split")
-LARGEST_IMAGE = 256 << 20  # bytes of a file; more RAM than that a bss gives
 MAX_CPUS = 254  # 8-bit APIC ids, less the broadcast and the IOAPIC's
 
 
@@ -123,7 +99,7 @@ class Machine:
         self.msrs: MsrHandlers | None = None
         self.ioapic: Ioapic | None = None
         self.cpu_model: CpuModel | None = None
-        self.data, path = _read_image(image)
+        self.data, path = read_image(image)
         self.info = peek(self.data, path, mode)
         note = self.info.note
         self.strict = strict
@@ -219,8 +195,7 @@ class Machine:
     def _tick(self) -> None:
         """Between two entries of vCPU 0, now and then: time passes for devices, and input comes in."""
         with self.runner.lock:
-            self.uart.tick()
-            self.rtc.tick()
+            self.pc.tick()
         if self.on_heartbeat is not None:
             self.on_heartbeat()
 
@@ -250,22 +225,11 @@ class Machine:
         self.memory.write(CMDLINE_GPA, line)
 
     def _add_platform(self, poll_input: Callable[[], bytes] | None) -> None:
-        pio = self.bus.pio
-        has_chip = self.vm.irqchip != "none"
-        self.uart = Uart16550(self.console.extend, self.irq(COM1_GSI).set if has_chip else None, poll=poll_input)
-        self.post = PostPort()
-        self.rtc = Rtc(memory=self.memory.size, irq=self.irq(RTC_GSI).set if has_chip else None)
-        pio.add(COM1, 8, self.uart)
-        pio.add(DEBUG_CONSOLE, 1, DebugConsole(self.console), native=Native.append(self.console))
-        pio.add(DEBUG_EXIT, 4, DebugExit(self.stop))
-        pio.add(POST, 1, self.post)
-        pio.add(RTC_INDEX, 2, self.rtc)
-        pio.add(RESET_CONTROL, 1, ResetControl(self.stop))
-        pio.add(KBD_DATA, 5, KeyboardController(self.stop))
-        pio.add(SCRATCH_PORT, 8, Scratch(8))
+        irq = self.irq if self.vm.irqchip != "none" else None
+        self.pc = Pc(self.bus, self.memory, self.console, self.stop, irq, poll_input)
+        self.uart, self.post, self.rtc = self.pc.uart, self.pc.post, self.pc.rtc
         if self.info.mode == "user":
-            pio.add(EXCEPTION_REPORT, 4, ExceptionReport(self.stop))
-        self.bus.mmio.add(SCRATCH_GPA, PAGE_SIZE, Scratch(PAGE_SIZE))
+            self.bus.pio.add(EXCEPTION_REPORT, 4, ExceptionReport(self.stop))
         if self.ioapic is not None:
             self.bus.mmio.add(IOAPIC_GPA, PAGE_SIZE, self.ioapic)
         if self.strict:
@@ -554,24 +518,6 @@ class _BlamesImage:
     def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, tb: TracebackType | None) -> None:
         if self._path is not None and isinstance(value, ConfigError) and not isinstance(value, GuestImageError):
             raise GuestImageError(self._path, None, f"it cannot have what it asks for: {value}") from None
-
-
-def _read_image(image: str | os.PathLike[str] | bytes) -> tuple[bytes, str]:
-    if isinstance(image, bytes):
-        return image, "image"
-    name = os.fspath(image)
-    path = gallery.find(name) if isinstance(image, str) and "/" not in name and not os.path.isfile(name) else name
-    try:
-        with open(path, "rb") as file:
-            size = os.fstat(file.fileno()).st_size
-            if size <= LARGEST_IMAGE:  # of a pipe or a device, 0: read on until it is too much
-                data = file.read(LARGEST_IMAGE + 1)
-                if len(data) <= LARGEST_IMAGE:
-                    return data, path
-                size = len(data)
-    except OSError as error:
-        raise GuestImageError(path, None, f"cannot be read: {error.strerror}") from None
-    raise GuestImageError(path, None, f"it has {size} bytes or more; pykvm loads images of up to {format_size(LARGEST_IMAGE)}: is it one?")
 
 
 def _check_cpus(cpus: int | str) -> int:

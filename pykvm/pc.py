@@ -1,0 +1,72 @@
+"""The devices that every machine has, at the PC's own ports (platform.py): UART, RTC, debug ports, reset, and scratch registers."""
+
+from __future__ import annotations
+
+from pykvm.bus import Native
+from pykvm.devices.debugconsole import DebugConsole
+from pykvm.devices.debugexit import DebugExit
+from pykvm.devices.post import PostPort
+from pykvm.devices.reset import KeyboardController, ResetControl
+from pykvm.devices.rtc import Rtc
+from pykvm.devices.scratch import Scratch
+from pykvm.devices.uart16550 import Uart16550
+from pykvm.platform import (
+    COM1,
+    COM1_GSI,
+    DEBUG_CONSOLE,
+    DEBUG_EXIT,
+    KBD_DATA,
+    POST,
+    RESET_CONTROL,
+    RTC_GSI,
+    RTC_INDEX,
+    SCRATCH_GPA,
+    SCRATCH_PORT,
+)
+from pykvm.units import PAGE_SIZE
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from pykvm.bus import Bus
+    from pykvm.console import Console
+    from pykvm.irq import IrqLine
+    from pykvm.memory import GuestMemory
+
+__all__ = ["Pc"]
+
+
+class Pc:
+    """Puts the devices on ``bus``; ``uart``, ``post`` and ``rtc`` are attributes.
+
+    ``stop(reason, code)`` ends the run; ``irq(gsi)`` gives an interrupt line, None without an irqchip; ``poll`` asks for console input.
+    """
+
+    def __init__(
+        self,
+        bus: Bus,
+        memory: GuestMemory,
+        console: Console,
+        stop: Callable[..., object],
+        irq: Callable[[int], IrqLine] | None,
+        poll: Callable[[], bytes] | None,
+    ) -> None:
+        pio = bus.pio
+        self.uart = Uart16550(console.extend, None if irq is None else irq(COM1_GSI).set, poll=poll)
+        self.post = PostPort()
+        self.rtc = Rtc(memory=memory.size, irq=None if irq is None else irq(RTC_GSI).set)
+        pio.add(COM1, 8, self.uart)
+        pio.add(DEBUG_CONSOLE, 1, DebugConsole(console), native=Native.append(console))
+        pio.add(DEBUG_EXIT, 4, DebugExit(stop))
+        pio.add(POST, 1, self.post)
+        pio.add(RTC_INDEX, 2, self.rtc)
+        pio.add(RESET_CONTROL, 1, ResetControl(stop))
+        pio.add(KBD_DATA, 5, KeyboardController(stop))
+        pio.add(SCRATCH_PORT, 8, Scratch(8))
+        bus.mmio.add(SCRATCH_GPA, PAGE_SIZE, Scratch(PAGE_SIZE))
+
+    def tick(self) -> None:
+        """Between two entries of the vCPU, now and then: time passes, and input comes in."""
+        self.uart.tick()
+        self.rtc.tick()
