@@ -8,4 +8,14 @@
 int64_t pykvm_bench_exits(int fd, struct kvm_run *run, uint16_t stop_port);
 int64_t pykvm_bench_start(int kvm_fd, uint64_t run_size, const uint8_t *code, uint32_t size, uint64_t memory);
 
+int64_t pykvm_bench_map(uint64_t size, int kind);
+void pykvm_bench_unmap(uint64_t address, uint64_t size);
+int64_t pykvm_bench_discard(uint64_t address, uint64_t size);
+int64_t pykvm_bench_code(const uint8_t *code, uint32_t size);
+void pykvm_bench_forget_code(uint64_t code);
+int64_t pykvm_bench_call(uint64_t code, uint64_t a, uint64_t b, uint64_t c, uint64_t *result);
+int64_t pykvm_bench_map_unmap(uint64_t address, uint64_t pages, uint64_t passes);
+int64_t pykvm_bench_peer(int in, int out, uint64_t address, uint64_t pages);
+int64_t pykvm_bench_switch(int in, int out, uint64_t address, uint64_t pages, uint64_t count);
+
 #endif
