@@ -299,12 +299,12 @@ class Host:
             raise TimeoutError(f"{' '.join(command)} was still running after {timeout:g} s in the {self.cpu} host") from None
         return Completed(command, int(answer["status"]), bytes(out[wire.STDOUT]), bytes(out[wire.STDERR]))
 
-    def put(self, path: str | os.PathLike[str], name: str | None = None) -> None:
-        """Copy a file or folder to /host/``name`` (by default its own name)."""
+    def put(self, path: str | os.PathLike[str], name: str | None = None, *, bytecode: bool = False) -> None:
+        """Copy a file or folder to /host/``name`` (by default its own name); __pycache__ folders too if ``bytecode``."""
         source = Path(path)
         if not source.exists():
             raise HostError(f"{source} does not exist")
-        self._put_tar(lambda archive: archive.add(source, name or source.resolve().name, filter=_no_caches))
+        self._put_tar(lambda archive: archive.add(source, name or source.resolve().name, filter=None if bytecode else _no_caches))
 
     def _put_tar(self, fill: Callable[[tarfile.TarFile], None]) -> None:
         packed = io.BytesIO()

@@ -1,9 +1,14 @@
 """Boots the emulated hosts, both at once, and lets each work off its list in a thread of its own; the tests look at what came out.
 
 An emulated second is expensive: each host boots once, runs the tests with EPT/NPT on, reloads the vendor module with it off, runs
-the marked subset again. PROFILES says how patient the tests inside are.
+the marked subset again (inside.py). PROFILES says how patient the tests inside are.
 """
 
+import contextlib
+import json
+import os
+import shutil
+import subprocess
 import sys
 import threading
 import time
@@ -12,14 +17,19 @@ from pathlib import Path
 
 import pytest
 
+from pykvm import asm
+from pykvm.errors import HostError, PykvmError
 from pykvm.hosts import boot
+from pykvm.hosts.cache import cache_dir
 
 ROOT = Path(__file__).parents[2]
-# PYKVM_TIME_SCALE multiplies the tests' time limits: Bochs needs a minute for a second of its guest's time, QEMU's clock is ours.
+# PYKVM_TIME_SCALE multiplies the tests' time limits. QEMU's clock is ours. In Bochs a second is as many instructions as Linux takes for the
+# TSC's frequency: 3.5 GHz by CPUID, which is a minute of ours, so a guest that spins for 50 ms would cost three seconds.
 PROFILES = {
     "amd": {"PYKVM_TIME_SCALE": "2", "PYKVM_LEAK_FEW": "20"},
-    "intel": {"PYKVM_TIME_SCALE": "0.1", "PYKVM_LEAK_FEW": "10"},
+    "intel": {"PYKVM_TIME_SCALE": "0.7", "PYKVM_LEAK_FEW": "10"},
 }
+APPEND = {"amd": "", "intel": "tsc_early_khz=500000"}
 LIMIT = 1500  # seconds for one step
 
 
@@ -41,9 +51,9 @@ class Report:
 class HostRun(threading.Thread):
     """One host's list. ``result(step)`` waits for a step and gives its outcome, or raises what stopped the host."""
 
-    def __init__(self, cpu, folder):
+    def __init__(self, cpu, folder, luggage):
         super().__init__(name=cpu, daemon=True)
-        self.cpu, self.folder = cpu, folder
+        self.cpu, self.folder, self.luggage = cpu, folder, luggage
         self.done = {}
         self.error = None
         self.changed = threading.Condition()
@@ -67,7 +77,7 @@ class HostRun(threading.Thread):
 
     def run(self):
         try:
-            with boot(self.cpu, progress=self.say) as host:
+            with boot(self.cpu, append=APPEND[self.cpu], progress=self.say) as host:
                 self.work(host)
         except BaseException as error:
             with self.changed:
@@ -88,48 +98,81 @@ class HostRun(threading.Thread):
         host.get("note.bin", back)
         self.keep("files", (note.read_bytes(), (back / "note.bin").read_bytes()))
         self.keep("doctor", host.run(["pykvm", "doctor", "--json"]))
-        host.put(ROOT / "tests")
-        host.put(ROOT / "pyproject.toml")
-        self.keep("tests", self.pytest(host, "not slow"))
-        host.reload("off")
+        self.luggage.put(host)
+        self.pytest(host)
         self.keep("doctor off", host.run(["pykvm", "doctor", "--json"]))
-        self.keep("shadow", self.pytest(host, "shadow and not slow"))
 
-    def pytest(self, host, marks):
-        self.say(f"pytest tests/kvm -m '{marks}', paging {host.paging}")
-        done = host.run(
-            [
-                "python3",
-                "-m",
-                "pytest",
-                "tests/kvm",
-                "-m",
-                marks,
-                "-p",
-                "no:cacheprovider",
-                "--junitxml=report.xml",
-                "--tb=short",
-                "-q",
-                "--durations=8",
-            ],
-            timeout=LIMIT,
-            env=PROFILES[self.cpu],
-        )
-        host.get("report.xml", self.folder)
-        report = Report(done.returncode, done.stdout + done.stderr, (self.folder / "report.xml").read_bytes())
-        self.say(f"paging {host.paging}:\n{report.output}")
-        return report
+    def pytest(self, host):
+        """Both runs of tests/kvm, by inside.py."""
+        self.say("pytest tests/kvm, paging on, then off")
+        done = host.run(["python3", "inside.py"], timeout=LIMIT, env=PROFILES[self.cpu])
+        host.paging = "off"
+        output = done.stdout.partition("--- paging off ---")
+        self.say(f"{done.stdout}{done.stderr}")
+        if done.returncode:
+            raise HostError(f"inside.py ended with status {done.returncode}: {done.stdout}{done.stderr}")
+        for name in ("on.xml", "off.xml", "status.json", "assembled.json"):
+            host.get(name, self.folder)
+        statuses = json.loads((self.folder / "status.json").read_text())
+        for step, paging, text in (("tests", "on", output[0]), ("shadow", "off", output[2])):
+            self.keep(step, Report(statuses[paging], text + done.stderr, (self.folder / f"{paging}.xml").read_bytes()))
+
+
+class Luggage(threading.Thread):
+    """What the hosts get: the tests with bytecode in which pytest has rewritten the assertions, and assembled snippets.
+
+    Both are made here, while the hosts boot: an emulated CPU would take minutes. The snippets are those that the last run asked for,
+    assembled anew each time.
+    """
+
+    def __init__(self, folder):
+        super().__init__(daemon=True)
+        self.folder = folder
+        self.kept = cache_dir() / "test-snippets.json"
+
+    def run(self):
+        ignore = shutil.ignore_patterns("__pycache__")
+        shutil.copytree(ROOT / "tests" / "kvm", self.folder / "tests" / "kvm", ignore=ignore)
+        shutil.copy(ROOT / "tests" / "conftest.py", self.folder / "tests")
+        shutil.copy(ROOT / "pyproject.toml", self.folder)
+        shutil.copy(ROOT / "tests" / "hosts" / "inside.py", self.folder)
+        env = {key: value for key, value in os.environ.items() if key not in ("PYTHONDONTWRITEBYTECODE", "PYTHONPYCACHEPREFIX")}
+        collect = [sys.executable, "-m", "pytest", "--collect-only", "-q", "-p", "no:cacheprovider", "tests/kvm"]
+        subprocess.run(collect, cwd=self.folder, env=env, capture_output=True, check=False)  # where it fails, hosts do the work
+        (self.folder / "assembled.json").write_text(json.dumps(list(self.snippets())))
+
+    def snippets(self):
+        try:
+            keys = json.loads(self.kept.read_text())
+        except (OSError, ValueError):
+            return
+        for source, bits, org in keys:
+            with contextlib.suppress(PykvmError):
+                yield source, bits, org, asm(source, bits=bits, org=org).hex()
+
+    def put(self, host):
+        self.join()
+        for name in ("tests", "pyproject.toml", "inside.py", "assembled.json"):
+            host.put(self.folder / name, bytecode=True)
+
+    def remember(self, files):
+        """For the next run: what was asked for in this one, by any host."""
+        keys = {tuple(row[:3]) for file in files if file.exists() for row in json.loads(file.read_text())}
+        if keys:
+            self.kept.write_text(json.dumps(sorted(keys)))
 
 
 @pytest.fixture(scope="session")
 def hosts(tmp_path_factory):
     """{"amd": HostRun, "intel": HostRun}, both under way."""
-    runs = {cpu: HostRun(cpu, tmp_path_factory.mktemp(cpu)) for cpu in PROFILES}
-    for run in runs.values():
-        run.start()
+    luggage = Luggage(tmp_path_factory.mktemp("luggage"))
+    runs = {cpu: HostRun(cpu, tmp_path_factory.mktemp(cpu), luggage) for cpu in PROFILES}
+    for thread in (luggage, *runs.values()):
+        thread.start()
     yield runs
     for run in runs.values():
         run.join(60)
+    luggage.remember([run.folder / "assembled.json" for run in runs.values()])
 
 
 @pytest.fixture(params=list(PROFILES))

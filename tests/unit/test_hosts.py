@@ -6,6 +6,7 @@ import signal
 import stat
 import subprocess
 import sys
+import tarfile
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -252,6 +253,24 @@ def test_strangers_on_the_port_are_not_listened_to(cpu, stage):
     with boot(cpu, timeout=30) as host:
         assert host.kernel == "6.1.0"
         assert host.run(["5"]).returncode == 5
+
+
+def test_bytecode_travels_when_it_is_asked_for(stage, tmp_path):
+    """What a development machine has compiled is of no use in a host, but pytest's rewritten tests are."""
+    stage("agent")
+    (tmp_path / "tests" / "__pycache__").mkdir(parents=True)
+    (tmp_path / "tests" / "__pycache__" / "a.pyc").write_bytes(b"")
+    with boot("amd", timeout=30) as host:
+
+        def sent(**options):
+            host.put(tmp_path / "tests", **options)
+            with open(host.folder / "exchange.img", "rb") as disk:
+                disk.seek(wire.INBOX)
+                with tarfile.open(fileobj=disk, mode="r|") as archive:
+                    return archive.getnames()
+
+        assert sent() == ["tests"]
+        assert sent(bytecode=True) == ["tests", "tests/__pycache__", "tests/__pycache__/a.pyc"]
 
 
 def test_without_the_agent_the_boot_ends_by_its_time_limit(stage):
