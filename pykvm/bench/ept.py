@@ -144,8 +144,8 @@ def caveats(host: dict[str, Any]) -> list[str]:
         )
     elif host["emulator"]:
         said.append(
-            f"Emulated by {host['emulator']}: a TSC unit is time that the emulator took, about an instruction count, and says nothing of "
-            "hardware: a page walk costs what it costs the emulator in C. Exits an operation are what hardware would have."
+            f"Emulated by {host['emulator']}: a TSC unit is time that the emulator took, which follows the number of instructions and "
+            "says nothing of hardware: a page walk costs what it costs the emulator in C. Exits an operation are what hardware would have."
         )
     if host["cpl0_emulated"]:
         said.append(
