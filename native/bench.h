@@ -7,6 +7,7 @@
 
 int64_t pykvm_bench_exits(int fd, struct kvm_run *run, uint16_t stop_port);
 int64_t pykvm_bench_start(int kvm_fd, uint64_t run_size, const uint8_t *code, uint32_t size, uint64_t memory);
+int64_t pykvm_bench_irq(int vm_fd, int fd, struct kvm_run *run, uint32_t gsi, uint16_t ask_port, uint16_t stop_port);
 
 int64_t pykvm_bench_map(uint64_t size, int kind);
 void pykvm_bench_unmap(uint64_t address, uint64_t size);
