@@ -2,6 +2,7 @@
 # make test     the tests that need no emulator (tests/unit, and tests/kvm where /dev/kvm is)
 # make check    ruff, and mypy --strict on pykvm/
 # make test-hosts   tests/kvm inside emulated AMD-V and VT-x hosts (needs QEMU and Bochs; see docs/hosts.md)
+# make bench-ept    bench mmu on emulated hosts, with EPT/NPT on and off, side by side
 # make clean    forget all that was built
 
 PYTHON ?= python3
@@ -9,7 +10,7 @@ VENV   := .venv
 PY     := $(VENV)/bin/python
 BUILD  := $(VENV)/.built
 
-.PHONY: all run test check test-hosts clean
+.PHONY: all run test check test-hosts bench-ept clean
 all: $(BUILD) pykvm/images/.built
 
 run: all
@@ -25,6 +26,9 @@ check: all
 
 test-hosts: all
 	$(PY) -m pytest tests/hosts -s
+
+bench-ept: all
+	$(VENV)/bin/pykvm bench mmu --hosts intel,amd --out bench-ept
 
 # The environment and the binding. pip compiles the binding in place, so a change of Python code needs no rebuild.
 $(BUILD): pyproject.toml setup.py $(wildcard native/*)
