@@ -30,7 +30,7 @@ ffi.cdef("\n".join(f"#define {name} ..." for name in constants()))
 ffi.cdef(_without_comments("kvm_structs.cdef"))
 ffi.cdef(_without_comments("runloop.cdef"))
 ffi.cdef(_without_comments("bench.cdef"))
-_parts = ["runloop.c", "bench.c", "bench_irq.c", "bench_mmu.c"]
+_parts = ["runloop.c", "bench.c", "bench_irq.c", "bench_traps.c", "bench_mmu.c"]
 ffi.set_source(
     "pykvm._native",
     '#include "kvm_compat.h"\n#include "runloop.h"\n#include "bench.h"\n',

@@ -1,4 +1,4 @@
-/* See bench.h. Both functions return TSC units, or -errno. pykvm_bench_exits() gives -EINTR for a signal: called again, it goes on. */
+/* See bench.h. The functions return TSC units, or -errno. pykvm_bench_exits() gives -EINTR for a signal: called again, it goes on. */
 #include "bench.h"
 
 #include <errno.h>
@@ -24,7 +24,7 @@ int64_t pykvm_bench_exits(int fd, struct kvm_run *run, uint16_t stop_port)
 			uint8_t *data = (uint8_t *)run + run->io.data_offset;
 
 			if (run->io.direction == KVM_EXIT_IO_IN)
-				memset(data, 0, run->io.size);
+				memset(data, 0, (size_t)run->io.size * run->io.count);
 			else if (run->io.port == stop_port)
 				return (int64_t)(__builtin_ia32_rdtsc() - start);
 			else
@@ -44,8 +44,9 @@ int64_t pykvm_bench_exits(int fd, struct kvm_run *run, uint16_t stop_port)
 	}
 }
 
-/* VM and vCPU created, real-mode code run to its first exit, everything closed again: the ioctls that pykvm makes. */
-int64_t pykvm_bench_start(int kvm_fd, uint64_t run_size, const uint8_t *code, uint32_t size, uint64_t memory)
+/* VM and vCPU created, real-mode code run to its first exit: the ioctls that pykvm makes. handles: vCPU fd, VM fd, kvm_run, RAM, and the TSC
+ * when the VM, the vCPU with its memory and registers, and the first exit were there. What is left over after an error goes with the process. */
+int64_t pykvm_bench_alive(int kvm_fd, uint64_t run_size, const uint8_t *code, uint32_t size, uint64_t memory, uint64_t *handles)
 {
 	struct kvm_userspace_memory_region region = { .memory_size = memory };
 	uint64_t start = __builtin_ia32_rdtsc(), identity = 0xfffbc000;
@@ -58,6 +59,7 @@ int64_t pykvm_bench_start(int kvm_fd, uint64_t run_size, const uint8_t *code, ui
 	vm = ioctl(kvm_fd, KVM_CREATE_VM, 0);
 	if (vm < 0)
 		return -errno;
+	handles[4] = __builtin_ia32_rdtsc() - start;
 	if (ioctl(vm, KVM_SET_TSS_ADDR, 0xfffbd000) || ioctl(vm, KVM_SET_IDENTITY_MAP_ADDR, &identity))
 		return -errno;
 	ram = mmap(NULL, memory, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
@@ -81,13 +83,37 @@ int64_t pykvm_bench_start(int kvm_fd, uint64_t run_size, const uint8_t *code, ui
 		return -errno;
 	regs.rip = 0x1000;
 	regs.rflags = 2;
-	if (ioctl(vcpu, KVM_SET_REGS, &regs) || ioctl(vcpu, KVM_RUN, 0))
+	if (ioctl(vcpu, KVM_SET_REGS, &regs))
+		return -errno;
+	handles[5] = __builtin_ia32_rdtsc() - start;
+	if (ioctl(vcpu, KVM_RUN, 0))
 		return -errno;
 	if (run->exit_reason != KVM_EXIT_HLT)
 		return -EPROTO;
-	munmap(run, run_size);
-	close(vcpu);
-	close(vm);
-	munmap(ram, memory);
+	handles[0] = (uint64_t)vcpu;
+	handles[1] = (uint64_t)vm;
+	handles[2] = (uintptr_t)run;
+	handles[3] = (uintptr_t)ram;
+	handles[6] = __builtin_ia32_rdtsc() - start;
+	return (int64_t)handles[6];
+}
+
+/* The end of what pykvm_bench_alive() has made. */
+void pykvm_bench_gone(uint64_t run_size, uint64_t memory, const uint64_t *handles)
+{
+	munmap((void *)(uintptr_t)handles[2], run_size);
+	close((int)handles[0]);
+	close((int)handles[1]);
+	munmap((void *)(uintptr_t)handles[3], memory);
+}
+
+int64_t pykvm_bench_start(int kvm_fd, uint64_t run_size, const uint8_t *code, uint32_t size, uint64_t memory)
+{
+	uint64_t start = __builtin_ia32_rdtsc(), handles[7];
+	int64_t r = pykvm_bench_alive(kvm_fd, run_size, code, size, memory, handles);
+
+	if (r < 0)
+		return r;
+	pykvm_bench_gone(run_size, memory, handles);
 	return (int64_t)(__builtin_ia32_rdtsc() - start);
 }

@@ -19,4 +19,12 @@ int64_t pykvm_bench_map_unmap(uint64_t address, uint64_t pages, uint64_t passes)
 int64_t pykvm_bench_peer(int in, int out, uint64_t address, uint64_t pages);
 int64_t pykvm_bench_switch(int in, int out, uint64_t address, uint64_t pages, uint64_t count);
 
+int64_t pykvm_bench_traps(int fd, struct kvm_run *run, uint16_t stop_port, uint32_t limit, uint32_t only, uint32_t skip,
+			  struct kvm_coalesced_mmio_ring *ring);
+int64_t pykvm_bench_boundary(int fd, struct kvm_run *run, uint32_t count);
+int64_t pykvm_bench_spin(uint32_t count);
+int64_t pykvm_bench_cool(uint64_t hva, uint64_t size, uint64_t stride);
+int64_t pykvm_bench_alive(int kvm_fd, uint64_t run_size, const uint8_t *code, uint32_t size, uint64_t memory, uint64_t *handles);
+void pykvm_bench_gone(uint64_t run_size, uint64_t memory, const uint64_t *handles);
+
 #endif

@@ -1,137 +1,368 @@
-"""What an exit costs: the same guest through a plain C loop, the native loop, the Python loop into a Python device, and, for
-comparison, the loop one would first write with cffi.
+"""What exits cost: for each kind the same guest through plain C, the native loop, the Python loop into a Python device, and, for plain
+accesses, the loop one would first write with cffi; and what the guest's own clock says.
 
-The guest makes ``batch`` exits of one kind and then writes to a stop port; all loops run the same vCPU.
+A batch is many exits in one run, timed from outside. A sample is one exit, timed by the guest with RDTSC, less the least that an empty pair
+of RDTSCs takes. Kinds take turns: each is measured in several blocks of rounds, spread over the whole time, so that an interval has in it
+how the machine changes. Within a round all loops run, in turn first, so that differences are of the same few milliseconds.
 """
 
 from __future__ import annotations
 
+import os
+from array import array
 from errno import EINTR
 
+from pykvm import exits
 from pykvm.abi import ffi, lib
-from pykvm.assemble import asm
-from pykvm.bench.paired import Estimate, Interrupted, estimate, measure, paired
-from pykvm.bus import Native
+from pykvm.bench.kinds import BATCH, EMPTY, MAX_SAMPLES, SAMPLE_GPA, SAMPLES, STOP_PORT, TOUCHES, Kind
+from pykvm.bench.paired import Estimate, Interrupted, estimate, measure, median, paired
+from pykvm.bench.setup import Bank, Prepared, why_not
+from pykvm.bench.stats import quantile, quantiles
 from pykvm.errors import KvmError
-from pykvm.machine import Machine
+from pykvm.system import System
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
     from typing import Any
 
-__all__ = ["KINDS", "Row", "bench_exits"]
+__all__ = ["Guest", "Row", "bench_exits"]
 
-STOP_PORT = 0xF4
-PORT, GPA = 0x300, 0xD1000000
-# kind -> one exit; EBX holds GPA, DX the port
-KINDS = {
-    "PIO out": "out dx, al",
-    "PIO in": "in al, dx",
-    "MMIO write": "mov [ebx], eax",
-    "MMIO read": "mov eax, [ebx]",
-}
+BLOCKS = 4  # in which the rounds of a kind are measured
+MOST_SAMPLES = 250  # of one loop in one round
+ATTEMPTS = 5
+NAIVE = "naive cffi, no device"
+BOUNDARY = "boundary"
 
 
-class _Device:
-    """A device of the usual shape: it keeps what is written and gives it back."""
+class Guest:
+    """What the guest's clock says of one kind through one loop: TSC units of one exit, the overhead taken off."""
 
-    def __init__(self) -> None:
-        self.value = 0
+    def __init__(self, medians: list[float], samples: list[int], overhead: int) -> None:
+        self.overhead = overhead
+        self.medians = [value - overhead for value in medians]  # of each round
+        self.median: Estimate = estimate(self.medians)
+        self.quantiles = [value - overhead for value in quantiles(samples)]
+        self.p99 = quantile(self.quantiles, 0.99)
+        self.count = len(samples)
 
-    def write(self, offset: int, size: int, value: int) -> None:
-        self.value = value
-
-    def read(self, offset: int, size: int) -> int:
-        return self.value
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return {**self.median.as_dict(), "p99": self.p99, "samples": self.count, "overhead": self.overhead, "quantiles": self.quantiles}
 
 
 class Row:
-    """One kind of exit: TSC units an exit for each loop, and the differences to C."""
+    """One kind. TSC units an exit (of REP, an instruction); ``unavailable`` says why nothing was measured."""
 
-    def __init__(self, kind: str, taken: dict[str, list[float]], tsc_khz: int) -> None:
-        self.kind, self.tsc_khz = kind, tsc_khz
-        self.c: Estimate = estimate(taken["C"])
-        self.over_c = {name: paired(values, taken["C"]) for name, values in taken.items() if name != "C"}
-        self.rounds = len(taken["C"])
+    def __init__(self, kind: Kind, tsc_khz: int, unavailable: str | None = None) -> None:
+        self.of, self.kind, self.tsc_khz, self.unavailable = kind, kind.name, tsc_khz, unavailable
+        self.values: dict[str, list[float]] = {}  # loop -> one value a round
+        self.samples: dict[str, list[int]] = {}  # loop -> the guest's, not yet less the overhead
+        self.overhead: int | None = None
+        self.exits_each = 1.0  # exits that one instruction makes
+
+    @property
+    def rounds(self) -> int:
+        """How many were complete."""
+        return min((len(values) for values in self.values.values()), default=0)
+
+    @property
+    def c(self) -> Estimate | None:
+        """Through the plain C loop."""
+        return estimate(self.values["C"]) if self.values.get("C") else None
+
+    @property
+    def over_c(self) -> dict[str, Estimate]:
+        """What each other loop takes more than C."""
+        return {name: paired(self.values[name], self.values["C"]) for name in ("native", "python", NAIVE) if self.values.get(name)}
+
+    @property
+    def guest(self) -> dict[str, Guest]:
+        """By the guest's clock, for each loop; "kernel" where nothing reaches user space."""
+        return {
+            name: Guest(self.values[f"guest {name}"], samples, self.overhead or 0)
+            for name, samples in self.samples.items()
+            if self.values.get(f"guest {name}")
+        }
+
+    @property
+    def decomposition(self) -> dict[str, Estimate]:
+        """Where the time of an exit goes: hardware and KVM, the boundary of the ioctl, what the native loop and what Python add."""
+        if not self.values.get("C") or not self.values.get(BOUNDARY):
+            return {}
+        boundary = [value * self.exits_each for value in self.values[BOUNDARY]]
+        parts = {"hardware and KVM": paired(self.values["C"], boundary), "ioctl boundary": estimate(boundary)}
+        if self.values.get("native"):
+            parts["native loop"] = paired(self.values["native"], self.values["C"])
+        if self.values.get("python"):
+            parts["Python"] = paired(self.values["python"], self.values["C"])
+        return parts
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON; TSC units."""
-        return {
+        about = {
             "kind": self.kind,
+            "mode": self.of.mode,
+            "reaches": self.of.reaches,
+            "note": self.of.note,
             "unit": "tsc",
             "tsc_khz": self.tsc_khz,
+        }
+        if self.unavailable is not None:
+            return {**about, "unavailable": self.unavailable}
+        c = self.c
+        return {
+            **about,
             "rounds": self.rounds,
-            "c": self.c.as_dict(),
+            "exits_each": self.exits_each,
+            "c": None if c is None else c.as_dict(),
             "over_c": {name: e.as_dict() for name, e in self.over_c.items()},
+            "decomposition": {name: e.as_dict() for name, e in self.decomposition.items()},
+            "guest": {name: g.as_dict() for name, g in self.guest.items()},
+            "values": {
+                name: [value - (self.overhead or 0) for value in values] if name.startswith("guest ") else values
+                for name, values in self.values.items()
+            },
         }
 
 
-def _guest(kind: str, batch: int) -> bytes:
-    return asm(
-        f"again: mov ecx, {batch}; mov ebx, {GPA}; mov edx, {PORT}; 1: {KINDS[kind]}; dec ecx; jnz 1b; out {STOP_PORT}, al; jmp again",
-        bits=32,
-        org=0x100000,
-    )
+class _Measured:
+    """A kind's machine, and the functions that measure it."""
 
+    def __init__(self, ready: Prepared, row: Row, batch: int) -> None:
+        self.ready, self.row, self.kind = ready, row, ready.kind
+        share = self.kind.weight * self.kind.cost
+        self.batch = max(1, batch // share)
+        self.count = max(1, min(batch, MOST_SAMPLES) // share)
+        if ready.slot is not None:
+            self.count = min(self.count, TOUCHES)
+        self.count = min(self.count, MAX_SAMPLES)
 
-def bench_exits(
-    kinds: list[str], batch: int = 2000, rounds: int = 40, progress: Callable[[str, int, int], None] | None = None
-) -> list[Row]:
-    """Measure each kind: ``rounds`` rounds of ``batch`` exits a loop. Ctrl-C raises Interrupted with the rows so far."""
-    rows: list[Row] = []
-    try:
-        for kind in kinds:
-            with Machine(_guest(kind, batch), mode="protected", memory="2M", loop="python") as machine:
-                tick = None if progress is None else (lambda i, n, kind=kind: progress(kind, i, n))
-                rows.append(_measure(machine, kind, batch, rounds, tick))
-    except Interrupted as interrupt:
-        raise Interrupted([*rows, interrupt.measured]) from None
-    except KeyboardInterrupt:
-        if not rows:
-            raise
-        raise Interrupted(rows) from None
-    return rows
+    def variants(self) -> dict[str, Callable[[], float]]:
+        kind = self.kind
+        run: dict[str, Callable[[], float]] = {}
+        if kind.reaches == "guest":
+            return {"guest kernel": self._guest("kernel", self._run_group if kind.cpus > 1 else self._run_c)}
+        run["C"] = self._timed(self._run_c)
+        if kind.reaches == "bare":
+            run["python"] = self._timed(self._run_bare)
+        else:
+            run["native"] = self._timed(self._run_loop("native"))
+            run["python"] = self._timed(self._run_loop("python"))
+            if not kind.device and kind.mode == "protected" and kind.weight == 1:
+                run[NAIVE] = self._timed(self._run_naive)
+        run[BOUNDARY] = _undisturbed(self._boundary)
+        if kind.clocked:
+            run["guest C"] = self._guest("C", self._run_c)
+            if kind.reaches == "loops":
+                run["guest native"] = self._guest("native", self._run_loop("native"))
+                run["guest python"] = self._guest("python", self._run_loop("python"))
+        return run
 
+    def overhead(self) -> None:
+        """The least that an empty pair of RDTSCs takes; the fewest over all blocks count."""
+        if not self.kind.clocked:
+            return
+        self.ready.command(EMPTY, 64)
+        (self._run_group if self.kind.cpus > 1 else self._run_c)()
+        least = min(self._stored(64))
+        self.row.overhead = least if self.row.overhead is None else min(least, self.row.overhead)
 
-def _measure(machine: Machine, kind: str, batch: int, rounds: int, progress: Callable[[int, int], None] | None) -> Row:
-    device = _Device()
-    native = machine.vcpu.native
-    machine.add_device(device, port=PORT, length=4, native=Native.constant(0))
-    machine.add_device(device, gpa=GPA, length=4096, native=Native.constant(0))
-    runner, rdtsc = machine.runner, lib.pykvm_rdtsc
+    # --- one run each -------------------------------------------------------------------------------------------------
 
-    def loop(name: str) -> Callable[[], float]:
-        def run() -> float:
-            runner.loop = name
+    def _timed(self, run: Callable[[], object]) -> Callable[[], float]:
+        rdtsc, ready, batch = lib.pykvm_rdtsc, self.ready, self.batch
+        counts = ready.vcpu.native.counts
+        counting = self.kind.weight > 1 or bool(ready.ring)
+
+        def timed() -> float:
+            ready.command(BATCH, batch)
+            before = sum(counts) if counting else 0
             start = rdtsc()
-            runner.run()
-            return float(rdtsc() - start) / batch
+            run()
+            taken = float(rdtsc() - start) / batch
+            if counting and sum(counts) > before:  # not through C, which counts nothing
+                self.row.exits_each = (sum(counts) - before) / batch
+            return taken
+
+        return _undisturbed(timed)
+
+    def _guest(self, name: str, run: Callable[[], object]) -> Callable[[], float]:
+        samples = self.row.samples.setdefault(name, [])
+
+        def guest() -> float:
+            self.ready.cool()
+            self.ready.command(SAMPLES, self.count)
+            run()
+            taken = self._stored(self.count)
+            samples.extend(taken)
+            return median(taken)
+
+        return guest
+
+    def _stored(self, count: int) -> array[int]:
+        values = array("I")
+        values.frombytes(self.ready.machine.memory.read(SAMPLE_GPA, 4 * count))
+        return values
+
+    def _run_c(self) -> None:
+        taken = -EINTR
+        while taken == -EINTR:  # a signal: its handler, here, may raise; else the guest goes on from where it was
+            taken = self.ready.c(self.batch)
+        if taken < 0:
+            raise KvmError("KVM_RUN", -taken, f"in the plain C loop, at exit {self.ready.run_area.exit_reason}")
+
+    def _run_loop(self, name: str) -> Callable[[], None]:
+        runner = self.ready.machine.runner
+
+        def run() -> None:
+            runner.loop = name
+            stop = runner.run()
+            if stop.reason != "exit":
+                raise KvmError("KVM_RUN", 5, f"the guest of {self.kind.name!r} ended as {stop!r}")
 
         return run
 
-    def c() -> float:
-        start = rdtsc()
-        taken = lib.pykvm_bench_exits(native.fd, native.run, STOP_PORT)
-        while taken == -EINTR:  # a signal: its handler, here, may raise; else the guest goes on from where it was
-            taken = lib.pykvm_bench_exits(native.fd, native.run, STOP_PORT)
-            if taken >= 0:
-                taken = rdtsc() - start
-        if taken < 0:
-            raise KvmError("KVM_RUN", -taken, "in the plain C loop")
-        return float(taken) / batch
+    def _run_group(self) -> None:
+        stop = self.ready.machine.group.run()
+        if stop.reason != "exit":
+            raise KvmError("KVM_RUN", 5, f"the guest of {self.kind.name!r} ended as {stop!r}")
 
-    def naive() -> float:
+    def _run_naive(self) -> None:
+        native = self.ready.vcpu.native
         ioctl, fd, request, null = lib.pykvm_ioctl, native.fd, lib.KVM_RUN, ffi.NULL
-        kvm_run, start = native.run, rdtsc()
+        kvm_run = native.run
         while True:
             ioctl(fd, request, null)
             if kvm_run.exit_reason == 2 and kvm_run.io.port == STOP_PORT:
-                return float(rdtsc() - start) / batch
+                return
 
-    variants = {"C": c, "native": loop("native"), "python": loop("python"), "naive cffi, no device": naive}
-    khz = machine.vcpu.get_tsc_khz()
+    def _run_bare(self) -> None:
+        """VCPU.run(), a typed exit each time."""
+        ready, run, area, skip = self.ready, self.ready.vcpu.run, self.ready.run_area, self.ready.skip
+        left = self.batch if self.kind.limit else -1
+        window = self.kind.device == "window"
+        area.request_interrupt_window = window
+        while left:
+            exit = run()
+            if isinstance(exit, exits.Intr):
+                continue
+            if isinstance(exit, exits.IoOut):
+                break
+            if skip:
+                area.s.regs.regs.rip += skip
+                area.kvm_dirty_regs |= lib.KVM_SYNC_X86_REGS
+            left -= 1
+        if window:
+            area.request_interrupt_window = 0
+        ready.command(BATCH, self.batch)
+
+    def _boundary(self) -> float:
+        native = self.ready.vcpu.native
+        taken = lib.pykvm_bench_boundary(native.fd, native.run, self.count)
+        if taken < 0:
+            raise KvmError("KVM_RUN", -taken, "with immediate_exit, which has to give EINTR")
+        return float(taken) / self.count
+
+
+def _undisturbed(measure_once: Callable[[], float]) -> Callable[[], float]:
+    """The same, done again, up to ATTEMPTS times, if the kernel has let another process run meanwhile."""
+    from resource import RUSAGE_THREAD, getrusage
+
+    def again() -> float:
+        for _ in range(ATTEMPTS):
+            before = getrusage(RUSAGE_THREAD).ru_nivcsw
+            taken = measure_once()
+            if getrusage(RUSAGE_THREAD).ru_nivcsw == before:
+                break
+        return taken
+
+    return again
+
+
+def bench_exits(
+    kinds: list[Kind],
+    batch: int = 250,
+    rounds: int = 60,
+    progress: Callable[[str, int, int], None] | None = None,
+    on_block: Callable[[], object] | None = None,
+) -> list[Row]:
+    """Measure each kind: ``rounds`` rounds of ``batch`` exits a loop. ``on_block`` is called now and then, between two measurements.
+
+    Ctrl-C raises Interrupted with the rows so far.
+    """
+    rows: list[Row] = []
+    open_machines: list[Prepared] = []
+    everywhere = os.sched_getaffinity(0)
     try:
-        return Row(kind, measure(variants, rounds, progress), khz)
+        with System() as system:
+            work = _prepare(kinds, batch, system, rows, open_machines)
+            blocks = max(1, min(BLOCKS, rounds // 4))
+            sizes = [rounds // blocks + (i < rounds % blocks) for i in range(blocks)]
+            done, total = 0, len(work) * (rounds + blocks)
+
+            def tick(name: str) -> Callable[[int, int], None]:
+                def one(i: int, n: int) -> None:
+                    nonlocal done
+                    done += 1
+                    if progress is not None:
+                        progress(name, done, total)
+
+                return one
+
+            for size in sizes:
+                for measured in work:
+                    os.sched_setaffinity(0, everywhere if measured.kind.cpus > 1 else {max(everywhere)})
+                    measured.overhead()
+                    _block(measured, size, tick(measured.kind.name))
+                if on_block is not None:
+                    on_block()
+    except KeyboardInterrupt:
+        rows = [row for row in rows if row.rounds or row.unavailable]
+        if not any(row.rounds for row in rows):
+            raise
+        raise Interrupted(rows) from None
+    finally:
+        os.sched_setaffinity(0, everywhere)
+        for ready in open_machines:
+            ready.close()
+    return rows
+
+
+def _prepare(kinds: list[Kind], batch: int, system: System, rows: list[Row], open_machines: list[Prepared]) -> list[_Measured]:
+    """A machine for each kind that this host can produce; a row for all."""
+    guests, work = Bank(), []
+    with system.create_vm() as vm:
+        khz = vm.create_vcpu().get_tsc_khz()
+    for kind in kinds:
+        row = Row(kind, khz)
+        rows.append(row)
+        row.unavailable = why_not(kind, system)
+        if row.unavailable is not None:
+            continue
+        try:
+            ready = Prepared(kind, guests, system)
+        except KvmError as error:
+            row.unavailable = f"its machine cannot be made: {error}"
+            continue
+        open_machines.append(ready)
+        row.unavailable = ready.trial()
+        if row.unavailable is None:
+            work.append(_Measured(ready, row, batch))
+        else:
+            open_machines.pop().close()
+    return work
+
+
+def _block(measured: _Measured, rounds: int, tick: Callable[[int, int], None]) -> None:
+    """Some rounds of one kind; what Ctrl-C leaves of them is kept."""
+
+    def keep(taken: dict[str, list[float]]) -> None:
+        for name, values in taken.items():
+            measured.row.values.setdefault(name, []).extend(values)
+
+    try:
+        keep(measure(measured.variants(), rounds, tick))
     except Interrupted as interrupt:
-        raise Interrupted(Row(kind, interrupt.measured, khz)) from None
+        keep(interrupt.measured)
+        raise KeyboardInterrupt from None

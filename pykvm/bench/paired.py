@@ -1,12 +1,12 @@
 """Paired measurements: rounds in which every variant runs once, in rotating order, and differences taken within a round.
 
 A shared machine drifts by more than the differences of interest; what two variants did within the same few milliseconds can still be
-compared. The interval is a bootstrap over rounds (percentile method, 95 %).
+compared. The interval is that of a bootstrap over rounds (percentile method, 95 %).
 """
 
 from __future__ import annotations
 
-import random
+from math import exp, lgamma, log
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -48,11 +48,39 @@ def median(values: Sequence[float]) -> float:
     return ordered[half] if len(ordered) % 2 else (ordered[half - 1] + ordered[half]) / 2
 
 
-def estimate(values: Sequence[float], resamples: int = 400) -> Estimate:
-    """The median with its bootstrap interval; the same values give the same interval."""
-    chance = random.Random(len(values))
-    medians = sorted(median(chance.choices(values, k=len(values))) for _ in range(resamples))
-    return Estimate(median(values), medians[int(0.025 * resamples)], medians[int(0.975 * resamples) - 1])
+def estimate(values: Sequence[float]) -> Estimate:
+    """The median with its bootstrap interval. What resampling would tend to is known: how many of n draws fall among the k lowest values is
+    binomial, so the interval is computed, and the same values give the same one."""
+    ordered, n = sorted(values), len(values)
+    low = _first(n, (n + 1) // 2, 0.025)
+    high = _first(n, n // 2 + 1, 0.975)
+    return Estimate(median(ordered), ordered[low - 1], ordered[high - 1])
+
+
+def _first(n: int, m: int, wanted: float) -> int:
+    """The smallest k such that, with probability ``wanted``, the m-th lowest of n draws is among the k lowest of n values."""
+    low, high = 1, n
+    while low < high:
+        k = (low + high) // 2
+        if _at_least(n, k / n, m) >= wanted:
+            high = k
+        else:
+            low = k + 1
+    return low
+
+
+def _at_least(n: int, p: float, m: int) -> float:
+    """The probability of m or more hits in n trials."""
+    if p >= 1:
+        return 1.0
+    step = log(p) - log(1 - p)
+    term = lgamma(n + 1) - lgamma(m + 1) - lgamma(n - m + 1) + m * log(p) + (n - m) * log(1 - p)
+    total = 0.0
+    for hits in range(m, n + 1):
+        total += exp(term)
+        if hits < n:
+            term += log((n - hits) / (hits + 1)) + step
+    return total
 
 
 def paired(values: Sequence[float], base: Sequence[float]) -> Estimate:

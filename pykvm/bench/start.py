@@ -9,7 +9,7 @@ import sys
 import tempfile
 import time
 
-from pykvm.abi import lib
+from pykvm.abi import ffi, lib
 from pykvm.assemble import asm
 from pykvm.bench.paired import Estimate, Interrupted, estimate, measure, ratio
 from pykvm.errors import KvmError
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from typing import Any
 
-__all__ = ["Comparison", "bench_in_process", "bench_whole_process"]
+__all__ = ["Comparison", "bench_in_process", "bench_phases", "bench_whole_process"]
 
 _CODE = b"\xf4"  # hlt
 _MEMORY = 1 << 20
@@ -72,6 +72,53 @@ class Comparison:
         }
 
 
+class Alive:
+    """A VM of the library's bare objects that has run to its first exit; ``marks``: TSC since the start when the VM, the vCPU with its
+    memory and registers, and the first exit were there."""
+
+    def __init__(self, system: System) -> None:
+        rdtsc = lib.pykvm_rdtsc
+        start = rdtsc()
+        self.vm = system.create_vm()
+        created = rdtsc()
+        self.ram = GuestMemory.of_size(_MEMORY)
+        self.vm.add_memory(self.ram)
+        self.ram.write(0x1000, _CODE)
+        self.vcpu = vcpu = self.vm.create_vcpu()
+        sregs = vcpu.get_sregs()
+        cs = sregs.cs
+        cs.base = cs.selector = 0
+        vcpu.set_sregs(sregs)
+        regs = vcpu.get_regs()
+        regs.rip, regs.rflags = 0x1000, 2
+        vcpu.set_regs(regs)
+        ready = rdtsc()
+        exit = vcpu.run()
+        self.marks = (created - start, ready - start, rdtsc() - start)
+        assert isinstance(exit, Hlt)
+
+    def close(self) -> None:
+        """Close it all."""
+        self.vm.close()
+        self.ram.close()
+
+
+class AliveInC:
+    """The same ioctls made by C."""
+
+    def __init__(self, system: System) -> None:
+        self._run_size = system.get_vcpu_mmap_size()
+        self._handles = ffi.new("uint64_t[7]")
+        taken = lib.pykvm_bench_alive(system.fd, self._run_size, _CODE, len(_CODE), _MEMORY, self._handles)
+        if taken < 0:
+            raise KvmError("starting a VM", -taken, "in plain C")
+        self.marks = tuple(self._handles[4:7])
+
+    def close(self) -> None:
+        """Close it all."""
+        lib.pykvm_bench_gone(self._run_size, _MEMORY, self._handles)
+
+
 def bench_in_process(rounds: int = 200, progress: Callable[[int, int], None] | None = None) -> Comparison:
     """VM, 1 MiB of RAM, vCPU, real mode, HLT, closed: bare objects and a whole Machine, beside C making the bare objects' ioctls."""
     rdtsc = lib.pykvm_rdtsc
@@ -86,19 +133,7 @@ def bench_in_process(rounds: int = 200, progress: Callable[[int, int], None] | N
 
         def bare() -> float:
             start = rdtsc()
-            with GuestMemory.of_size(_MEMORY) as ram, system.create_vm() as vm:
-                vm.add_memory(ram)
-                ram.write(0x1000, _CODE)
-                vcpu = vm.create_vcpu()
-                sregs = vcpu.get_sregs()
-                cs = sregs.cs
-                cs.base = cs.selector = 0
-                vcpu.set_sregs(sregs)
-                regs = vcpu.get_regs()
-                regs.rip, regs.rflags = 0x1000, 2
-                vcpu.set_regs(regs)
-                exit = vcpu.run()
-                assert isinstance(exit, Hlt)
+            Alive(system).close()
             return float(rdtsc() - start)
 
         def machine() -> float:
@@ -107,10 +142,49 @@ def bench_in_process(rounds: int = 200, progress: Callable[[int, int], None] | N
                 m.run()
             return float(rdtsc() - start)
 
-        with system.create_vm() as vm:
-            khz = vm.create_vcpu().get_tsc_khz()
         variants = {"C": c, "bare objects": bare, "Machine": machine}
-        return _compare("create VM, run to the first exit, close", "C", variants, rounds, progress, 1 / khz)
+        return _compare("create VM, run to the first exit, close", "C", variants, rounds, progress, 1 / _tsc_khz(system))
+
+
+def _tsc_khz(system: System) -> int:
+    with system.create_vm() as vm:
+        return vm.create_vcpu().get_tsc_khz()
+
+
+def bench_phases(rounds: int = 40, progress: Callable[[int, int], None] | None = None) -> list[Comparison]:
+    """The same one step at a time: create the VM; memory, vCPU and registers; run to the first exit; close."""
+    rdtsc = lib.pykvm_rdtsc
+    titles = ("  create a VM", "  memory, vCPU, registers", "  run to the first exit", "  close")
+    taken: list[dict[str, list[float]]] = [{"C": [], "bare objects": []} for _ in titles]
+    with System() as system:
+        khz = _tsc_khz(system)
+        kinds: dict[str, Callable[[System], Alive | AliveInC]] = {"C": AliveInC, "bare objects": Alive}
+
+        def once(name: str) -> Callable[[], float]:
+            def run() -> float:
+                alive = kinds[name](system)
+                start = rdtsc()
+                alive.close()
+                created, ready, ran = alive.marks
+                for phase, value in zip(taken, (created, ready - created, ran - ready, rdtsc() - start), strict=True):
+                    phase[name].append(float(value))
+                return 0.0
+
+            return run
+
+        interrupted = False
+        try:
+            measure({name: once(name) for name in kinds}, rounds, progress)
+        except Interrupted:
+            interrupted = True
+    whole = min(len(values) for phase in taken for values in phase.values())
+    phases = [
+        Comparison(title, "C", {name: values[1:whole] for name, values in phase.items()}, 1 / khz)
+        for title, phase in zip(titles, taken, strict=True)
+    ]
+    if interrupted:
+        raise Interrupted(phases)
+    return phases
 
 
 def _compare(

@@ -6,84 +6,114 @@ import sys
 
 from pykvm.cli import say
 from pykvm.cli.options import Command, Option, whole
+from pykvm.errors import ConfigError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from typing import Any
 
-    from pykvm.bench.exits import Row
     from pykvm.bench.paired import Estimate
     from pykvm.bench.start import Comparison
 
 COMMAND = Command(
     "bench",
-    "exits|irq|loop|start",
-    "exits: the round trip of an exit through the plain C loop, the native loop and the Python loop into a Python device.\n"
+    "exits|irq|loop|start|mmu|compare A B",
+    "exits: what each kind of exit costs, through plain C, the native loop and the Python loop, and by the guest's own clock.\n"
     "irq: from the host's KVM_IRQ_LINE to the guest's handler and back, beside the same ioctls in C.\n"
     "loop: what one vCPU does in a second, and how many times as much several do, each on a host CPU of its own.\n"
-    "start: from nothing to a guest's first exit and gone again, in-process beside C, and as a whole process.\n"
+    "start: from nothing to a guest's first exit and gone again, beside C; many VMs at once, and what memory each takes.\n"
+    "mmu: page walks, page tables and EPT; pykvm bench mmu --help tells more.\n"
+    "compare: judges two files of bench exits --json; status 1 when the second is slower anywhere.\n"
     "Medians with 95 % intervals; differences are taken within a round, so a noisy machine widens intervals, not results.\n"
     "Ctrl-C ends it with status 130, after printing what was measured until then.",
     [
-        Option("--rounds", "rounds to measure", "N", 40, whole),
-        Option("--batch", "exits a round and loop (bench exits, irq)", "N", 2000, whole),
+        Option("--rounds", "rounds to measure; bench exits 60, others 40", "N", convert=whole),
+        Option("--batch", "exits a round and loop; bench exits 250, bench irq 500", "N", convert=whole),
         Option("--cpus", "vCPUs, at most (bench loop); as many as there are CPUs", "N", convert=whole),
-        Option("--kind", "only this kind of exit; may be repeated (bench exits)", "KIND", many=True),
+        Option("--kind", "only this kind of exit, or those that begin so; may be repeated (bench exits)", "KIND", many=True),
+        Option("--vms", "VMs at once, at most (bench start)", "N", 1000, whole),
         Option("--json", "JSON instead of tables"),
+        Option("--plot", "draw the results: .svg, .png or .pdf (bench exits; needs matplotlib)", "FILE"),
     ],
-    ["pykvm bench exits", "pykvm bench exits --kind 'PIO out' --rounds 200", "pykvm bench loop --cpus 2", "pykvm bench start --json"],
+    [
+        "pykvm bench exits",
+        "pykvm bench exits --kind PIO --rounds 200",
+        "pykvm bench exits --json > a.json; pykvm bench compare a.json b.json",
+        "pykvm bench exits --plot exits.svg",
+        "pykvm bench loop --cpus 2",
+    ],
 )
 
 
 def main(argv: list[str]) -> int:
     """Measure and print."""
-    (what,), o = COMMAND.parse(argv, 1, 1)
+    if argv[:1] == ["mmu"]:
+        from pykvm.cli import bench_mmu
+
+        return bench_mmu.main(argv[1:])
+    (what, *files), o = COMMAND.parse(argv, 1, 3)
+    if what not in ("exits", "irq", "loop", "start", "compare"):
+        raise ConfigError(f"no benchmark is called {what!r}: use exits, irq, loop, start or mmu, or compare A B")
+    if what == "compare" and len(files) != 2:
+        raise ConfigError("compare takes two files: pykvm bench compare A.json B.json")
+    if what != "compare" and files:
+        raise ConfigError(f"{files[0]!r} is one word too many: pykvm bench {what}")
     match what:
         case "exits":
-            return _exits(o["kind"], o["batch"], o["rounds"], o["json"])
+            return _exits(o["kind"], o["batch"] or 250, o["rounds"] or 60, o["json"], o["plot"])
         case "irq":
-            return _irq(o["batch"], o["rounds"], o["json"])
+            return _irq(o["batch"] or 500, o["rounds"] or 40, o["json"])
         case "loop":
-            return _loop(o["cpus"], o["rounds"], o["json"])
+            return _loop(o["cpus"], o["rounds"] or 40, o["json"])
         case "start":
-            return _start(o["rounds"], o["json"])
-    from pykvm.errors import ConfigError
-
-    raise ConfigError(f"no benchmark is called {what!r}: use exits, irq, loop or start")
+            return _start(o["rounds"] or 40, o["vms"], o["json"])
+    return _compare(files[0], files[1], o["json"])
 
 
-def _progress(label: str) -> Callable[[int, int], None] | None:
+# --- progress, and the end --------------------------------------------------------------------------------------------
+
+
+def _progress(label: str) -> Callable[..., None] | None:
+    """Shows how far a measurement is, where standard error is a terminal: called with (i, n), or (what, i, n)."""
     if not sys.stderr.isatty():
         return None
+    try:
+        from rich.console import Console
+        from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+    except ImportError:
+        return _plain_progress(label)
+    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"), TimeRemainingColumn())
+    bar = Progress(*columns, console=Console(stderr=True), transient=True)
+    task = bar.add_task(label)
 
-    def show(i: int, n: int) -> None:
-        end = "\r\x1b[K" if i == n else "\r"
-        print(f"{label}: round {i} of {n}" if i < n else "", end=end, file=sys.stderr, flush=True)
+    def show(*at: Any) -> None:
+        *what, i, n = at
+        if not bar.live.is_started:
+            bar.start()
+        bar.update(task, completed=i, total=n, description=f"{label}: {what[0]}" if what else label)
+        if i >= n:
+            bar.stop()
+
+    _bars.append(bar)
+    return show
+
+
+_bars: list[Any] = []
+
+
+def _plain_progress(label: str) -> Callable[..., None]:
+    def show(*at: Any) -> None:
+        *what, i, n = at
+        text = f"{label}{f': {what[0]}' if what else ''}: {i} of {n}" if i < n else ""
+        print(f"\r\x1b[K{text}", end="", file=sys.stderr, flush=True)
 
     return show
 
 
-def _exits(kinds: list[str], batch: int, rounds: int, json: bool) -> int:
-    from pykvm.bench.exits import KINDS, bench_exits
-    from pykvm.bench.paired import Interrupted
-    from pykvm.errors import ConfigError
-
-    for kind in kinds:
-        if kind not in KINDS:
-            raise ConfigError(f"unknown kind {kind!r}: use one of {', '.join(KINDS)}")
-    show = _progress("bench exits")
-    interrupted = False
-    try:
-        rows = bench_exits(kinds or list(KINDS), batch, rounds, None if show is None else lambda kind, i, n: show(i, n))
-    except Interrupted as interrupt:
-        rows, interrupted = interrupt.measured, True
-    if json:
-        from json import dumps
-
-        print(dumps({"schema": 1, "benchmark": "exits", "batch": batch, "rows": [row.as_dict() for row in rows]}, indent=2))
-    else:
-        print(_exit_table(rows))
-    return _status(interrupted)
+def _end_progress() -> None:
+    while _bars:
+        _bars.pop().stop()
 
 
 def _status(interrupted: bool) -> int:
@@ -95,19 +125,67 @@ def _status(interrupted: bool) -> int:
     return 130
 
 
-def _exit_table(rows: list[Row]) -> str:
-    names = list(rows[0].over_c)
-    lines = [f"TSC units an exit (at {rows[0].tsc_khz / 1e6:.2f} GHz); in brackets ns; ± half the 95 % interval", ""]
-    lines.append(f"{'exit':<11} {'plain C':>22}" + "".join(f" {'C + ' + name:>30}" for name in names))
-    for row in rows:
-        ns = 1e6 / row.tsc_khz
-        cells = [f"{row.c.value:>9.0f} ({row.c.value * ns:.0f} ns)"]
-        line = f"{row.kind:<11} {cells[0]:>22}"
-        for name in names:
-            e = row.over_c[name]
-            line += f" {f'{e.value:+.0f} ±{(e.high - e.low) / 2:.0f} ({e.value * ns:+.0f} ns)':>30}"
-        lines.append(line)
-    return "\n".join(lines)
+def _print_json(benchmark: str, schema: int = 1, **fields: Any) -> None:
+    from json import dumps
+
+    print(dumps({"schema": schema, "benchmark": benchmark, **fields}, indent=2 if schema == 1 else None))
+
+
+# --- exits ------------------------------------------------------------------------------------------------------------
+
+
+def _exits(words: list[str], batch: int, rounds: int, json: bool, plot: str | None) -> int:
+    from pykvm.bench.kinds import chosen
+
+    kinds = chosen(words)
+    if plot is not None:
+        from pykvm.bench.plot import check
+
+        check(plot)  # before minutes are spent
+    from pykvm.bench.compare import SCHEMA
+    from pykvm.bench.exits import bench_exits
+    from pykvm.bench.host import Noise, describe, sentence, tsc_counts_instructions
+    from pykvm.bench.paired import Interrupted
+    from pykvm.probe import cpl0_emulated
+
+    host = {**describe(), "cpl0_emulated": cpl0_emulated(), "tsc_counts_instructions": tsc_counts_instructions()}
+    noise = Noise()
+    interrupted = False
+    try:
+        rows = bench_exits(kinds, batch, rounds, _progress("bench exits"), noise.look)
+    except Interrupted as interrupt:
+        rows, interrupted = interrupt.measured, True
+    finally:
+        _end_progress()
+    quiet = noise.as_dict()
+    results = {"batch": batch, "rounds": rounds, "host": host, "noise": quiet, "rows": [row.as_dict() for row in rows]}
+    if json:
+        _print_json("exits", SCHEMA, **results)
+    else:
+        from pykvm.bench.tables import exit_tables
+
+        print(exit_tables(rows, instructions=host["tsc_counts_instructions"], emulated=host["cpl0_emulated"]))
+        print(f"\n{sentence(quiet)}")
+    if plot is not None:
+        from pykvm.bench.plot import draw
+
+        draw(results, plot)
+    return _status(interrupted)
+
+
+def _compare(first: str, second: str, json: bool) -> int:
+    from pykvm.bench.compare import compare, read_results, table
+
+    a, b = read_results(first), read_results(second)
+    differences = compare(a, b)
+    if json:
+        _print_json("compare", differences=[d.as_dict() for d in differences])
+    else:
+        print(table(differences, a, b))
+    return int(any(d.verdict == "slower" for d in differences))
+
+
+# --- the others -------------------------------------------------------------------------------------------------------
 
 
 def _irq(batch: int, rounds: int, json: bool) -> int:
@@ -119,10 +197,10 @@ def _irq(batch: int, rounds: int, json: bool) -> int:
         row = bench_irq(batch, rounds, _progress("bench irq"))
     except Interrupted as interrupt:
         row, interrupted = interrupt.measured, True
+    finally:
+        _end_progress()
     if json:
-        from json import dumps
-
-        print(dumps({"schema": 1, "benchmark": "irq", "batch": batch, "unit": "tsc", **row.as_dict()}, indent=2))
+        _print_json("irq", batch=batch, unit="tsc", **row.as_dict())
     else:
         ns = 1e6 / row.tsc_khz
         print("an interrupt: PIO exit, KVM_IRQ_LINE up and down, the guest's handler, EOI, IRETQ")
@@ -135,16 +213,15 @@ def _loop(cpus: int | None, rounds: int, json: bool) -> int:
     from pykvm.bench.loop import bench_loop
     from pykvm.bench.paired import Interrupted
 
-    show = _progress("bench loop")
     interrupted = False
     try:
-        rows = bench_loop(cpus, rounds=rounds, progress=None if show is None else lambda kind, i, n: show(i, n))
+        rows = bench_loop(cpus, rounds=rounds, progress=_progress("bench loop"))
     except Interrupted as interrupt:
         rows, interrupted = interrupt.measured, True
+    finally:
+        _end_progress()
     if json:
-        from json import dumps
-
-        print(dumps({"schema": 1, "benchmark": "loop", "rows": [row.as_dict() for row in rows]}, indent=2))
+        _print_json("loop", rows=[row.as_dict() for row in rows])
     else:
         print("loops a second on one vCPU, and how many times as much several vCPUs do together\n")
         for row in rows:
@@ -157,28 +234,36 @@ def _times(e: Estimate) -> str:
     return f"{e.value:.2f} × ({e.low:.2f} to {e.high:.2f})"
 
 
-def _start(rounds: int, json: bool) -> int:
+def _start(rounds: int, vms: int, json: bool) -> int:
+    from pykvm.bench.many import Crowd, bench_many
     from pykvm.bench.paired import Interrupted
-    from pykvm.bench.start import bench_in_process, bench_whole_process
+    from pykvm.bench.start import bench_in_process, bench_phases, bench_whole_process
 
     both: list[Comparison] = []
+    crowds: list[Crowd] = []
     interrupted = False
     try:
         both.append(bench_in_process(5 * rounds, _progress("bench start, in-process")))
+        both.extend(bench_phases(rounds, _progress("bench start, step by step")))
         both.append(bench_whole_process(rounds, _progress("bench start, whole processes")))
+        for crowd in bench_many(vms):
+            crowds.append(crowd)
     except Interrupted as interrupt:
-        both.append(interrupt.measured)
+        both.extend(interrupt.measured if isinstance(interrupt.measured, list) else [interrupt.measured])
         interrupted = True
     except KeyboardInterrupt:
         if not both:
             raise
         interrupted = True
+    finally:
+        _end_progress()
     if json:
-        from json import dumps
-
-        print(dumps({"schema": 1, "benchmark": "start", "comparisons": [c.as_dict() for c in both]}, indent=2))
+        _print_json("start", comparisons=[c.as_dict() for c in both], many=[crowd.as_dict() for crowd in crowds])
     else:
         print("\n\n".join(map(_comparison, both)))
+        if crowds:
+            print("\nmany VMs alive at once, 1 MiB of RAM each, run to their first exit")
+            print("\n".join(f"  {crowd}" for crowd in crowds))
     return _status(interrupted)
 
 

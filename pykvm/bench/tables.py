@@ -1,0 +1,85 @@
+"""The results of ``pykvm bench exits`` as text."""
+
+from __future__ import annotations
+
+from pykvm.bench.exits import NAIVE
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from pykvm.bench.exits import Row
+    from pykvm.bench.paired import Estimate
+
+__all__ = ["exit_tables"]
+
+_WIDTH = 24
+
+
+def _plus_minus(e: Estimate | None, sign: str = "") -> str:
+    return "" if e is None else f"{e.value:{sign}.0f} ±{(e.high - e.low) / 2:.0f}"
+
+
+def exit_tables(rows: list[Row], *, instructions: bool, emulated: bool) -> str:
+    """One table for what reaches user space, one for what the guest alone sees, and what could not be measured."""
+    parts = []
+    if rows:
+        unit = (
+            "instructions: the TSC counts them here"
+            if instructions
+            else f"at {rows[0].tsc_khz / 1e6:.2f} GHz: 1000 are {1e9 / rows[0].tsc_khz:.0f} ns"
+        )
+        parts.append(f"TSC units an exit ({unit}); medians ± half the 95 % interval.")
+    if emulated:
+        parts.append(
+            "KVM's instruction emulator runs CPL0 code here, at 0.5 to 1 µs an instruction: what a loop takes has some of the\n"
+            "guest's own in it. From what the guest's clock says they are taken off."
+        )
+    measured = [row for row in rows if row.rounds]
+    user, guest = [row for row in measured if row.of.reaches != "guest"], [row for row in measured if row.of.reaches == "guest"]
+    if user:
+        parts += [_user_table(user), _decomposition(user)]
+    if guest:
+        parts.append(_guest_table(guest))
+    absent = [f"  {row.kind:<{_WIDTH}} {row.unavailable}" for row in rows if row.unavailable is not None]
+    if absent:
+        parts.append("\n".join(["not on this host:", *absent]))
+    return "\n\n".join(parts)
+
+
+def _user_table(rows: list[Row]) -> str:
+    naive = any(NAIVE in row.over_c for row in rows)
+    lines = ["Exits to user space: a batch, timed from outside; and one at a time by the guest's clock, median and 99th percentile", ""]
+    head = f"{'exit':<{_WIDTH}}{'plain C':>16}{'C + native':>16}{'C + Python':>18}"
+    lines.append(head + (f"{'C + naive cffi':>16}" if naive else "") + f"{'guest: C':>18}{'guest: Python':>18}")
+    for row in rows:
+        over, inside = row.over_c, row.guest
+        line = f"{row.kind:<{_WIDTH}}{_plus_minus(row.c):>16}{_plus_minus(over.get('native'), '+'):>16}"
+        line += f"{_plus_minus(over.get('python'), '+'):>17}{'*' if row.of.reaches == 'bare' else ' '}"
+        line += f"{_plus_minus(over.get(NAIVE), '+'):>16}" if naive else ""
+        for name in ("C", "python"):
+            line += f"{f'{inside[name].median.value:.0f} / {inside[name].p99:.0f}' if name in inside else '':>18}"
+        lines.append(line.rstrip())
+    if any(row.of.reaches == "bare" for row in rows):
+        lines.append("* such an exit ends a run: Python is VCPU.run() here, a typed exit object each time")
+    return "\n".join(lines)
+
+
+def _decomposition(rows: list[Row]) -> str:
+    lines = [
+        "Where it goes. The boundary is a KVM_RUN that comes back before it enters the guest; hardware and KVM are the rest of C's",
+        "",
+    ]
+    names = ("hardware and KVM", "ioctl boundary", "native loop", "Python")
+    lines.append(f"{'exit':<{_WIDTH}}" + "".join(f"{name:>19}" for name in names))
+    for row in rows:
+        parts = row.decomposition
+        lines.append((f"{row.kind:<{_WIDTH}}" + "".join(f"{_plus_minus(parts.get(name)):>19}" for name in names)).rstrip())
+    return "\n".join(lines)
+
+
+def _guest_table(rows: list[Row]) -> str:
+    lines = ["What does not reach user space, by the guest's clock; what does not exit at all is among it", ""]
+    lines.append(f"{'exit or trap':<{_WIDTH}}{'median':>16}{'p99':>12}   what it is")
+    for row in rows:
+        for guest in row.guest.values():
+            lines.append(f"{row.kind:<{_WIDTH}}{_plus_minus(guest.median):>16}{guest.p99:>12.0f}   {row.of.note}".rstrip())
+    return "\n".join(lines)
