@@ -16,6 +16,9 @@
 #define sigev_notify_thread_id _sigev_un._tid
 #endif
 
+/* For the parts of the loop, which is made twice: left to itself the compiler calls them then, some fifty instructions an exit. */
+#define ALWAYS_INLINE inline __attribute__((always_inline))
+
 /* The vCPU whose session (begin to end) this thread is in; outer leads to those in whose devices it began. The signal handler marks
  * the one a tick is for, so that a tick that lands between the decision to enter and the entry itself is not lost: KVM looks at
  * immediate_exit after that. */
@@ -288,7 +291,7 @@ void pykvm_kick(struct pykvm_vcpu *v)
 	pthread_mutex_unlock(&v->lock);
 }
 
-static inline int holds(const struct pykvm_range *range, uint64_t at, uint32_t size)
+static ALWAYS_INLINE int holds(const struct pykvm_range *range, uint64_t at, uint32_t size)
 {
 	return at - range->base < range->length && range->length - (at - range->base) >= size;
 }
@@ -356,7 +359,7 @@ struct access {
 };
 
 /* Is this exit a PIO or MMIO access whose fields make sense? data stays inside the mapping. */
-static int read_access(const struct pykvm_vcpu *v, struct access *a)
+static ALWAYS_INLINE int read_access(const struct pykvm_vcpu *v, struct access *a)
 {
 	struct kvm_run *run = v->run;
 	uint64_t offset;
@@ -413,47 +416,89 @@ static uint64_t qualifier(const struct kvm_run *run)
 	}
 }
 
-static void record(struct pykvm_vcpu *v, const struct access *a, uint64_t before, uint64_t after)
+/* A record of the exit at hand, but for what its reason calls for. NULL, and counted, when there is no room. */
+static inline struct pykvm_record *new_record(const struct pykvm_vcpu *v, struct pykvm_ring *ring, uint64_t before, uint64_t after)
 {
-	struct kvm_run *run = v->run;
-	struct pykvm_record *r = &v->ring->data[v->ring->used++];
+	const struct kvm_run *run = v->run;
+	struct pykvm_record *r;
 
-	memset(r, 0, sizeof(*r));
+	if (ring->used == ring->capacity) {
+		ring->open = NULL;
+		ring->lost++;
+		return NULL;
+	}
+	r = &ring->data[ring->used];
 	r->tsc_before = before;
 	r->tsc_after = after;
+	r->tsc_handled = 0;
+	r->rip = run->kvm_valid_regs & KVM_SYNC_X86_REGS ? run->s.regs.regs.rip : 0;
 	r->reason = run->exit_reason;
-	r->vcpu = (uint16_t)v->id;
 	r->count = 1;
-	if (run->kvm_valid_regs & KVM_SYNC_X86_REGS)
-		r->rip = run->s.regs.regs.rip;
-	if (a) {
-		r->qualifier = a->at;
-		r->value = a->value;
-		r->size = (uint8_t)a->size;
-		r->is_write = (uint8_t)a->is_write;
-		r->count = a->count;
+	r->vcpu = (uint16_t)v->id;
+	r->reserved = 0;
+	ring->open = r;
+	__atomic_store_n(&ring->used, ring->used + 1, __ATOMIC_RELAXED);
+	return r;
+}
+
+static void record(const struct pykvm_vcpu *v, struct pykvm_ring *ring, const struct access *a, uint64_t before, uint64_t after)
+{
+	struct pykvm_record *r = new_record(v, ring, before, after);
+
+	if (!r)
+		return;
+	r->qualifier = a ? a->at : qualifier(v->run);
+	r->value = a ? a->value : 0;
+	r->size = a ? (uint8_t)a->size : 0;
+	r->is_write = a ? (uint8_t)a->is_write : 0;
+	r->count = a ? a->count : 1;
+}
+
+/* The same for an access that act_quickly() has carried out: its data are there, of reads too. */
+static inline void record_quick(const struct pykvm_vcpu *v, struct pykvm_ring *ring, uint64_t before, uint64_t after)
+{
+	struct pykvm_record *r = new_record(v, ring, before, after);
+	struct kvm_run *run = v->run;
+
+	if (!r)
+		return;
+	if (run->exit_reason == KVM_EXIT_IO) {
+		r->qualifier = run->io.port;
+		r->size = run->io.size;
+		r->is_write = run->io.direction == KVM_EXIT_IO_OUT;
+		r->value = run->io.size <= 8 && run->io.data_offset <= v->run_size - 8
+				   ? load((uint8_t *)run + run->io.data_offset, run->io.size) : 0;
 	} else {
-		r->qualifier = qualifier(run);
+		r->qualifier = run->mmio.phys_addr;
+		r->size = (uint8_t)run->mmio.len;
+		r->is_write = run->mmio.is_write;
+		r->value = load(run->mmio.data, run->mmio.len);
 	}
 }
 
-/* Close the newest record: its answer is there. */
+static inline void close_record(struct pykvm_ring *ring, uint64_t now)
+{
+	if (ring->open && !ring->open->tsc_handled)
+		ring->open->tsc_handled = now;
+}
+
+/* Close the last exit's record: its answer is there. */
 void pykvm_handled(struct pykvm_vcpu *v)
 {
-	if (v->ring && v->ring->used && !v->ring->data[v->ring->used - 1].tsc_handled)
-		v->ring->data[v->ring->used - 1].tsc_handled = pykvm_rdtsc();
+	if (v->ring)
+		close_record(v->ring, pykvm_rdtsc());
 }
 
 static void answer(struct pykvm_vcpu *v, uint64_t reply)
 {
 	store(v->reply_at, reply, v->reply_size);
-	if (v->ring && v->ring->used)
-		v->ring->data[v->ring->used - 1].value = load(v->reply_at, v->reply_size);
+	if (v->ring && v->ring->open)
+		v->ring->open->value = load(v->reply_at, v->reply_size);
 	v->reply_size = 0;
 }
 
 /* Carry out a range's action. Returns 0 when Python must see the access. */
-static int act(struct pykvm_vcpu *v, const struct pykvm_range *range, const struct access *a)
+static ALWAYS_INLINE int act(struct pykvm_vcpu *v, const struct pykvm_range *range, const struct access *a)
 {
 	struct pykvm_sink *sink = range->sink;
 
@@ -496,7 +541,7 @@ static uint64_t interrupted(struct pykvm_vcpu *v)
 }
 
 /* The word for an access to a range, or LOOK when it has no room: a far offset, a wide value, an odd size, a REP. */
-static uint64_t pack_access(const struct pykvm_range *range, const struct access *a)
+static ALWAYS_INLINE uint64_t pack_access(const struct pykvm_range *range, const struct access *a)
 {
 	uint64_t offset = a->at - range->base;
 	int kind = (a->is_mmio ? PYKVM_MMIO_WRITE : PYKVM_OUT) + !a->is_write;
@@ -507,7 +552,7 @@ static uint64_t pack_access(const struct pykvm_range *range, const struct access
 }
 
 /* Guests stay with a device for a while: the range of the last access is tried first. */
-static const struct pykvm_range *find(struct pykvm_vcpu *v, const struct access *a)
+static ALWAYS_INLINE const struct pykvm_range *find(struct pykvm_vcpu *v, const struct access *a)
 {
 	const struct pykvm_range *range = v->recent[a->is_mmio];
 
@@ -522,7 +567,7 @@ static const struct pykvm_range *find(struct pykvm_vcpu *v, const struct access 
 
 /* The native loop's most frequent case in a third of the instructions: the range of the last access once more, whose writes vanish and
  * whose reads give a constant. Returns 0 when the long way has to be gone. */
-static inline int act_quickly(const struct pykvm_vcpu *v, struct kvm_run *run)
+static ALWAYS_INLINE int act_quickly(const struct pykvm_vcpu *v, struct kvm_run *run)
 {
 	const struct pykvm_range *range = v->recent[run->exit_reason == KVM_EXIT_MMIO];
 
@@ -548,33 +593,54 @@ static inline int act_quickly(const struct pykvm_vcpu *v, struct kvm_run *run)
 	return 1;
 }
 
-static uint64_t step(struct pykvm_vcpu *v)
+/* Where the time of an exit's answer ends and that of the next KVM_RUN begins: one reading of the clock is both. The page fault that
+ * the first record in a page costs comes between them, and is in nobody's time. Returns that reading, 0 when the ring is full. */
+static inline uint64_t next_record(struct pykvm_ring *ring)
 {
-	const int may_be_quick = v->native && v->table && !v->ring;
+	uint64_t now = pykvm_rdtsc();
+
+	close_record(ring, now);
+	if (ring->used == ring->capacity)
+		return ring->keep ? now : 0;
+	if (ring->used % PYKVM_RECORDS_IN_A_PAGE == 0) {
+		*(volatile uint64_t *)&ring->data[ring->used].tsc_handled = 0;
+		now = pykvm_rdtsc();
+	}
+	return now;
+}
+
+/* The loop itself, made twice: with a ring, and without one (NULL), where none of the instructions for it are. */
+static ALWAYS_INLINE uint64_t run_recording(struct pykvm_vcpu *v, struct pykvm_ring *ring)
+{
+	const int may_be_quick = v->native && v->table;
 	struct kvm_run *run = v->run;
 	const struct pykvm_range *range;
-	uint64_t before = 0;
+	uint64_t before = 0, after = 0;
 	struct access a;
 	int is_access;
 
 	for (;;) {
-		if (v->ring) {
-			pykvm_handled(v);
-			if (v->ring->used == v->ring->capacity)
+		if (ring) {
+			before = next_record(ring);
+			if (!before)
 				return PYKVM_DRAIN;
-			before = pykvm_rdtsc();
 		}
 		if (ioctl(v->fd, KVM_RUN, 0)) {
 			if (errno == EINTR)
 				return interrupted(v);
 			return pack(PYKVM_ERROR, (uint32_t)errno);
 		}
+		if (ring)
+			after = pykvm_rdtsc();
 		v->counts[run->exit_reason < PYKVM_REASONS ? run->exit_reason : PYKVM_REASONS - 1]++;
-		if (may_be_quick && act_quickly(v, run))
+		if (may_be_quick && act_quickly(v, run)) {
+			if (ring)
+				record_quick(v, ring, before, after);
 			continue;
+		}
 		is_access = read_access(v, &a);
-		if (v->ring)
-			record(v, is_access ? &a : NULL, before, pykvm_rdtsc());
+		if (ring)
+			record(v, ring, is_access ? &a : NULL, before, after);
 		if (!is_access)
 			return pack(PYKVM_LOOK, run->exit_reason);
 		if (!a.is_write) {
@@ -589,6 +655,11 @@ static uint64_t step(struct pykvm_vcpu *v)
 		if (!v->native || !act(v, range, &a))
 			return pack_access(range, &a);
 	}
+}
+
+static uint64_t step(struct pykvm_vcpu *v)
+{
+	return v->ring ? run_recording(v, v->ring) : run_recording(v, NULL);
 }
 
 static inline struct pykvm_hot *place(struct pykvm_vcpu *v, uint32_t key)
@@ -691,7 +762,7 @@ int pykvm_run_once(struct pykvm_vcpu *v, uint64_t first_ns, uint64_t interval_ns
 	table = v->table;
 	ring = v->ring;
 	v->table = NULL;
-	if (ring && ring->used == ring->capacity)
+	if (ring && ring->used == ring->capacity && !ring->keep)
 		v->ring = NULL;
 	if (v->stashed) {
 		v->stashed = 0;

@@ -84,9 +84,15 @@ struct pykvm_record {
 	uint32_t reserved;
 };
 
+#define PYKVM_RECORDS_IN_A_PAGE 64
+
 struct pykvm_ring {
 	uint32_t used, capacity;
 	struct pykvm_record *data;
+	struct pykvm_record *open;	/* the last exit's, which may still wait for its answer; NULL when that exit has none here */
+	uint64_t lost;			/* exits that found no room */
+	uint32_t keep;			/* a full ring loses what comes; without this it stops the loop until Python has emptied it */
+	uint32_t reserved;
 };
 
 /* What a step touches lies together: after an exit the TLB is cold, and each page costs. */

@@ -36,6 +36,7 @@ CAPABILITIES = {
     "KVM_CAP_TSC_DEADLINE_TIMER": "TSC deadline timer of the LAPIC",
     "KVM_CAP_IMMEDIATE_EXIT": "kicks and time limits without a race",
     "KVM_CAP_SYNC_REGS": "registers with each exit, without an ioctl",
+    "KVM_CAP_BINARY_STATS_FD": "KVM's own counters, beside the exit ledger",
     "KVM_CAP_INTERNAL_ERROR_DATA": "what the emulator could not do",
     "KVM_CAP_MEMORY_FAULT_INFO": "which gpa could not be mapped",
     "KVM_CAP_MP_STATE": "whether a vCPU is halted",

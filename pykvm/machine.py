@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from pykvm.bus import Device, Range, Space
     from pykvm.devices.ioapic import Ioapic
     from pykvm.irq import EventFd, IrqLine
+    from pykvm.ledger import Ledger
     from pykvm.memory import MemSlot
     from pykvm.msrs import MsrHandlers
     from pykvm.records import RecordRing, StatRow, Stats
@@ -61,7 +62,8 @@ class Machine:
     ``cpus``: vCPUs; those after the first wait for INIT and SIPI. ``pin``: each on a host CPU of its own. ``irqchip``: "none", "kernel"
     (PIC, IOAPIC, LAPICs and PIT in KVM) or "split" (LAPICs in KVM, the IOAPIC here); what the note asks for, else none, but with several
     vCPUs "kernel". ``cpu``: a CPU model (x86.cpumodel.CpuModel.parse), by default all that KVM offers.
-    ``loop``: "native" or "python". ``stats``: record every exit. ``strict``: an access that nobody claims is a crash.
+    ``loop``: "native" or "python". ``stats``: record every exit. ``ledger``: keep every record, so many for each vCPU (True: 2**20), for
+    the attribute ``ledger``. ``strict``: an access that nobody claims is a crash.
     ``on_output``: called with bytes as the guest prints; ``poll_input``: called for console input, returns bytes. ``on_heartbeat`` (an
     attribute): called ten times a second or more while the guest runs.
 
@@ -85,6 +87,7 @@ class Machine:
         cpu: str | None = None,
         loop: str = "native",
         stats: bool = False,
+        ledger: int | bool = False,
         strict: bool = False,
         on_output: Callable[[bytes], object] | None = None,
         poll_input: Callable[[], bytes] | None = None,
@@ -92,6 +95,7 @@ class Machine:
     ) -> None:
         self._closed = False
         self._stats: Stats | None = None
+        self._ledger: Ledger | None = None
         self._services: Services | None = None
         self._clock: int | None = None  # where kvmclock stands while it does
         self._running, self._clock_lock = False, RLock()
@@ -130,7 +134,7 @@ class Machine:
             self.bus = Bus()
             self._add_platform(poll_input)
             self._add_rom()
-            self._add_runners(loop, stats, pin)
+            self._add_runners(loop, stats, ledger, pin)
             if note.get("hypercalls") == "yes":
                 self._add_services()
         except BaseException:
@@ -174,16 +178,21 @@ class Machine:
             # KVM's map of APIC ids lacks the newest vCPU until some LAPIC changes: INIT and SIPI to it would be lost.
             self.vcpus[-1].set_lapic(self.vcpus[-1].get_lapic())
 
-    def _add_runners(self, loop: str, stats: bool, pin: bool) -> None:
+    def _add_runners(self, loop: str, stats: bool, ledger: int | bool, pin: bool) -> None:
         """One for each vCPU; what they share is the bus and, where there are several, a lock."""
         if stats:
             self._enable_stats()
+        if ledger is not False:
+            from pykvm.ledger import Ledger
+
+            self._ledger = Ledger.of_machine(self, ledger)
         lock = RLock() if self.cpus > 1 else None
-        self.runners = [Runner(vcpu, self.bus, loop, self._new_ring(), lock) for vcpu in self.vcpus]
+        self.runners = [Runner(vcpu, self.bus, loop, self._new_ring(vcpu.id), lock) for vcpu in self.vcpus]
         self.runner = self.runners[0]
         in_kernel = self.vm.irqchip != "none"
         for runner in self.runners:
-            runner.on_records = self._take_records
+            if self._ledger is None:
+                runner.on_records = self._take_records
             if in_kernel:
                 runner.heartbeat = WATCHFUL
             if self.ioapic is not None:
@@ -388,11 +397,15 @@ class Machine:
             raise ConfigError(f"a time limit of {timeout} seconds: give a positive number, or None for no limit")
         if self._closed:
             raise ConfigError("the machine is closed")
+        if self._ledger is not None:
+            self._ledger.begin_run()
         self._turn_clock(running=True)
         try:
             stop = self.group.run(timeout)
         finally:
             self._turn_clock(running=False)
+            if self._ledger is not None:
+                self._ledger.end_run()
         result = Result(self, stop)
         if stop.reason == "crash" or (stop.reason == "timeout" and explain):
             from pykvm.debug.explain import explain_stop
@@ -465,7 +478,9 @@ class Machine:
         khz = self.vcpu.get_tsc_khz() if self.system.check_extension("KVM_CAP_GET_TSC_KHZ") else 0
         self._stats = Stats(khz)
 
-    def _new_ring(self) -> RecordRing | None:
+    def _new_ring(self, vcpu: int) -> RecordRing | None:
+        if self._ledger is not None:
+            return self._ledger.ring(vcpu)
         if self._stats is None:
             return None
         from pykvm.records import RecordRing
@@ -478,8 +493,17 @@ class Machine:
             self._stats.add(record)
 
     def stats_rows(self) -> list[StatRow] | None:
-        """The rows of ``--stats``, or None without ``stats=True``."""
-        return None if self._stats is None else self._stats.rows
+        """The rows of ``--stats``, or None without ``stats=True``. With a ledger they are made from what it has."""
+        if self._stats is None:
+            return None
+        return self._stats.rows if self._ledger is None else self._ledger.stat_rows()
+
+    @property
+    def ledger(self) -> Ledger:
+        """The records of all exits (ledger.py), with ``ledger=True`` or a number of records. Raises ConfigError without."""
+        if self._ledger is None:
+            raise ConfigError("this machine keeps no ledger: make it with ledger=True")
+        return self._ledger
 
     # --- lifetime ----------------------------------------------------------------------------------------------------
 

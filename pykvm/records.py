@@ -7,6 +7,7 @@ host's TSC; ``Stats`` turns them into nanoseconds with the frequency that KVM re
 from __future__ import annotations
 
 from pykvm.abi import ffi
+from pykvm.errors import ConfigError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -20,6 +21,7 @@ _FIELDS = (
 )  # fmt: skip
 
 
+_NORESERVE = 0x4000  # MAP_NORESERVE of <sys/mman.h>: a ring that stays empty is no claim on memory; Python 3.11 has no name for it
 _KINDS = 512  # a guest can make an exit of its own for each of 65536 ports: those beyond share a row
 
 
@@ -58,20 +60,40 @@ class ExitRecord:
 
 
 class RecordRing:
-    """Room for ``capacity`` records. The loop stops for Python when it is full, so none is lost."""
+    """Room for ``capacity`` records. The loop stops for Python when it is full, so none is lost.
 
-    def __init__(self, capacity: int = 4096) -> None:
-        self._data = ffi.new("struct pykvm_record[]", capacity)
+    ``keep``: it does not stop; exits that find no room are counted in ``cdata.lost``. Memory for the records is then taken page by page,
+    as they come, and ``buffer`` is that memory, which lives as long as anything that was made from it.
+    """
+
+    def __init__(self, capacity: int = 4096, *, keep: bool = False) -> None:
+        self.buffer: Any = None
+        if keep:
+            import mmap
+
+            size, flags = capacity * ffi.sizeof("struct pykvm_record"), mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _NORESERVE
+            try:
+                self.buffer = mmap.mmap(-1, size, flags)
+            except (OSError, OverflowError, ValueError):
+                raise ConfigError(f"there is no memory for a ledger of {capacity} exits; ask for fewer") from None
+            self._data = ffi.from_buffer("struct pykvm_record[]", self.buffer, require_writable=True)
+        else:
+            self._data = ffi.new("struct pykvm_record[]", capacity)
         self.cdata: Any = ffi.new("struct pykvm_ring *")
-        self.cdata.capacity = capacity
+        self.cdata.capacity, self.cdata.keep = capacity, keep
         self.cdata.data = self._data
+
+    def clear(self) -> None:
+        """Forget the records and the count of those lost. Not while the vCPU runs."""
+        self.cdata.used = self.cdata.lost = 0
+        self.cdata.open = ffi.NULL
 
     def drain(self) -> Iterator[Any]:
         """The records so far as cffi structures, valid until the next run; the ring is empty afterwards."""
         used = self.cdata.used
         for i in range(used):
             yield self._data[i]
-        self.cdata.used = 0
+        self.clear()
 
 
 class StatRow:

@@ -177,6 +177,10 @@ class VCPU:
         """KVM_GET_TSC_KHZ: the guest's TSC frequency in kHz (KVM_CAP_GET_TSC_KHZ)."""
         return ioctl_value(self.fd, "KVM_GET_TSC_KHZ")
 
+    def get_stats_fd(self) -> int:
+        """KVM_GET_STATS_FD (api.rst 4.133): an fd that kvmstats.read_stats() reads; the caller closes it (KVM_CAP_BINARY_STATS_FD)."""
+        return ioctl_value(self.fd, "KVM_GET_STATS_FD")
+
     def set_guest_debug(self, debug: int | Struct) -> None:
         """KVM_SET_GUEST_DEBUG (api.rst 4.87) with KVM_GUESTDBG_ flags, or a ``struct kvm_guest_debug`` that has debug registers too."""
         if isinstance(debug, int):

@@ -219,6 +219,11 @@ class VM:
         name = "KVM_UNREGISTER_COALESCED_MMIO" if remove else "KVM_REGISTER_COALESCED_MMIO"
         ioctl(self.fd, name, zone, f"{space} {at:#x}, length {length:#x}")
 
+    def get_stats_fd(self) -> int:
+        """KVM_GET_STATS_FD (api.rst 4.133): an fd that kvmstats.read_stats() reads; the caller closes it (KVM_CAP_BINARY_STATS_FD)."""
+        self.system.require("KVM_CAP_BINARY_STATS_FD", "KVM's counters")
+        return ioctl_value(self.fd, "KVM_GET_STATS_FD")
+
     # --- time and MSRs -----------------------------------------------------------------------------------------------
 
     def get_clock(self) -> Struct:

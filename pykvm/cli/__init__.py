@@ -26,6 +26,7 @@ __all__ = ["COMMANDS", "main", "say"]
 
 COMMANDS = {
     "run": "run a guest: a gallery name or an image file",
+    "ledger": "tables of the exits that run --ledger has recorded",
     "guests": "the gallery: what each guest shows, its exits, its source",
     "doctor": "what this host's KVM is and can do, and where that was read",
     "cpu": "CPU models: what this host can give of each, and what KVM makes of it",

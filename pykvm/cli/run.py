@@ -10,8 +10,8 @@ import os
 import sys
 
 from pykvm.cli import say
-from pykvm.cli.options import Command, Option, number
-from pykvm.errors import GuestCrash, GuestNeedsError
+from pykvm.cli.options import Command, Option, number, whole
+from pykvm.errors import ConfigError, GuestCrash, GuestNeedsError
 from pykvm.machine import Machine
 from pykvm.units import parse_address
 
@@ -44,6 +44,9 @@ COMMAND = Command(
         Option("--pin", "run each vCPU on a host CPU of its own"),
         Option("--loop", "who handles exits first", default="native", choices=("python", "native")),
         Option("--stats", "a table of the exits: count, total and median time"),
+        Option("--ledger", "record every exit in FILE.npy, which pykvm ledger shows and numpy.load reads", "FILE.npy"),
+        Option("--ledger-exits", "how many exits of each vCPU the ledger has room for", "N", 1 << 20, whole),
+        Option("--trace-exits", "with --ledger, the CPU's own exit reasons too: takes root and tracefs, and slows exits down"),
         Option("--strict", "an access that no device claims is a crash"),
         Option("--json", "one JSON object instead of text"),
         Option("--qemu-exit-status", "debug exit code n becomes status (n << 1) | 1, as with QEMU's isa-debug-exit"),
@@ -96,6 +99,7 @@ class _Input:
 def main(argv: list[str]) -> int:
     """Run it; returns the exit status."""
     (image,), o = COMMAND.parse(argv, 1, 1)
+    _check_ledger(o["ledger"], o["trace_exits"])
     output = _Output()
     machine = Machine(
         image,
@@ -110,6 +114,7 @@ def main(argv: list[str]) -> int:
         pin=o["pin"],
         loop=o["loop"],
         stats=o["stats"],
+        ledger=o["ledger_exits"] if o["ledger"] else False,
         strict=o["strict"],
         on_output=None if o["json"] else output.write,
         poll_input=_Input(output).poll,
@@ -120,7 +125,7 @@ def main(argv: list[str]) -> int:
         crash = None
         interrupted = False
         try:
-            result = machine.run(o["timeout"])
+            result = _traced(machine, o["timeout"]) if o["trace_exits"] else machine.run(o["timeout"])
         except GuestCrash as error:
             if error.result is None:
                 raise
@@ -129,6 +134,10 @@ def main(argv: list[str]) -> int:
             interrupted, result = True, machine.result("interrupted")
         finally:
             output.flush()
+        if o["ledger"]:
+            machine.ledger.save(o["ledger"])
+            if machine.ledger.lost:
+                say(f"pykvm: the ledger had no room for {machine.ledger.lost} exits: --ledger-exits N makes room for more")
         status = 130 if interrupted else 70 if crash else _status(result, o["qemu_exit_status"])
         if o["json"]:
             import json
@@ -138,6 +147,22 @@ def main(argv: list[str]) -> int:
         else:
             _report(machine, result, status, o["timeout"])
         return status
+
+
+def _check_ledger(path: str | None, trace: bool) -> None:
+    """Where the ledger cannot be written is said before the guest runs, not after."""
+    if path is None:
+        if trace:
+            raise ConfigError("--trace-exits adds to a ledger: give --ledger FILE.npy too")
+        return
+    special = os.path.exists(path) and not os.path.isfile(path)  # such as /dev/null; a file is replaced, which its folder must allow
+    if os.path.isdir(path) or not os.access(path if special else os.path.dirname(path) or ".", os.W_OK):
+        raise ConfigError(f"--ledger {path}: it cannot be written there")
+
+
+def _traced(machine: Machine, timeout: float) -> Result:
+    with machine.ledger.trace():
+        return machine.run(timeout)
 
 
 def _check_needs(machine: Machine) -> None:

@@ -11,15 +11,15 @@ PACKAGE = Path(pykvm.__file__).parent
 LEVELS = {
     0: ["errors", "units", "platform"],
     1: ["abi", "assemble", "console", "gallery"],
-    2: ["system", "vm", "vcpu", "memory", "exits", "exit_reason", "bus", "disasm", "symbols", "records", "cpuid", "irq"],
+    2: ["system", "vm", "vcpu", "memory", "exits", "exit_reason", "bus", "disasm", "symbols", "records", "kvmstats", "cpuid", "irq"],
     3: ["x86", "devices", "loaders"],
     4: ["machine", "pc", "result", "runner", "smp", "turns", "msrs", "services", "needs", "probe"],
-    5: ["debug", "bench", "hosts", "doctor"],
+    5: ["debug", "bench", "hosts", "doctor", "ledger", "ledgerfile", "tracefs"],
     6: ["cli", "__main__"],
 }
 LEVEL = {name: level for level, names in LEVELS.items() for name in names}
-# The explainer is called by Machine when a guest has stopped; it is imported then.
-ALLOWED = {("machine", "debug"), ("records", "debug")}
+# The explainer is called by Machine when a guest has stopped, the ledger when it is asked for; they are imported then.
+ALLOWED = {("machine", "debug"), ("records", "debug"), ("machine", "ledger")}
 NO_KVM = {"abi", "vm", "vcpu", "system"}
 
 
