@@ -199,9 +199,9 @@ START = """
 
 
 def test_several_vcpus(tmp_path):
-    """Each writes its own ring; together they are in order of time."""
+    """Each writes its own ring; together they are in order of time. (STI: see probe.interruptible_with_if_clear().)"""
     machine = flat(
-        START + "mov ecx, 20; 1: out 0x80, al; dec ecx; jnz 1b; 2: cmp byte ptr [0x8000], 1; jne 2b; mov al, 0; out 0xf4, al",
+        START + "mov ecx, 20; 1: out 0x80, al; dec ecx; jnz 1b; sti; 2: pause; cmp byte ptr [0x8000], 1; jne 2b; mov al, 0; out 0xf4, al",
         cpus=2,
         ledger=100,
     )
