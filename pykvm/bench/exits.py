@@ -283,7 +283,7 @@ def _undisturbed(measure_once: Callable[[], float]) -> Callable[[], float]:
 def bench_exits(
     kinds: list[Kind],
     batch: int = 250,
-    rounds: int = 60,
+    rounds: int = 48,
     progress: Callable[[str, int, int], None] | None = None,
     on_block: Callable[[], object] | None = None,
 ) -> list[Row]:

@@ -113,8 +113,8 @@ KINDS: list[Kind] = [
     Kind("MMIO read 8", "mov al, [ebx]", init=f"mov ebx, {GPA}"),
     Kind("MMIO read 32", "mov eax, [ebx]", init=f"mov ebx, {GPA}"),
     Kind("MMIO read 64", "mov rax, [rbx]", init=f"mov ebx, {GPA}", mode="long"),
-    Kind("PIO out 8, CPL3", f"out {PORT}, al", mode="user", cost=2),
-    Kind("MMIO write 32, CPL3", "mov [rbx], eax", init=f"mov ebx, {GPA}", mode="user", cost=2),
+    Kind("PIO out 8, CPL3", f"out {PORT}, al", mode="user", cost=4),
+    Kind("MMIO write 32, CPL3", "mov [rbx], eax", init=f"mov ebx, {GPA}", mode="user", cost=4),
     Kind("RDMSR, user space", "rdmsr", arm=f"mov ecx, {FILTERED_MSR:#x}", device="msr", needs=("cap:KVM_CAP_X86_MSR_FILTER",)),
     Kind(
         "WRMSR, user space", "wrmsr", arm=f"mov ecx, {FILTERED_MSR:#x}; {_MSR_TRASH}", device="msr", needs=("cap:KVM_CAP_X86_MSR_FILTER",)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from errno import EPROTO, errorcode
+
 from pykvm.abi import ffi, lib, new
 from pykvm.assemble import asm
 from pykvm.bench.kinds import (
+    BATCH,
     COMMAND,
     COUNT,
     FILTERED_MSR,
@@ -12,6 +15,7 @@ from pykvm.bench.kinds import (
     IDT_GPA,
     PORT,
     SAMPLE_GPA,
+    SAMPLES,
     STOP_PORT,
     TOUCH_GPA,
     TOUCH_STRIDE,
@@ -22,7 +26,7 @@ from pykvm.bench.kinds import (
 )
 from pykvm.bus import Native
 from pykvm.errors import KvmError, PykvmError
-from pykvm.exit_reason import ExitReason
+from pykvm.exit_reason import ExitReason, reason_name
 from pykvm.machine import Machine
 from pykvm.platform import IDT_GPA as USER_IDT
 from pykvm.units import PAGE_SIZE
@@ -234,7 +238,7 @@ class Prepared:
         if kind.limit or kind.reaches == "bare":
             return self._trial_in_c()
         self.cool()
-        self.command(0, 3)
+        self.command(BATCH, 3)
         try:
             result = self.machine.run(TRIAL_SECONDS, explain=False)
         except PykvmError as error:
@@ -244,11 +248,14 @@ class Prepared:
         return None if result.reason == "exit" and not result.exit_code else f"its guest ends as {result.reason}"
 
     def _trial_in_c(self) -> str | None:
-        for command in (0, 1) if self.kind.clocked else (0,):
+        for command in (BATCH, SAMPLES) if self.kind.clocked else (BATCH,):
             self.command(command, 3)
             taken = self.c(3)
+            if taken == -EPROTO:
+                came = reason_name(self.run_area.exit_reason)
+                return f"KVM gives {came} here, not {self.kind.reason}, the first time or the next"
             if taken < 0:
-                return f"the exit does not come again and again: {ExitReason(self.run_area.exit_reason).name} came"
+                return f"KVM_RUN gives {errorcode.get(-taken, -taken)}"
         return None
 
     def command(self, what: int, count: int) -> None:

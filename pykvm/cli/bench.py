@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from time import monotonic
 
 from pykvm.cli import say
 from pykvm.cli.options import Command, Option, whole
@@ -28,7 +29,7 @@ COMMAND = Command(
     "Medians with 95 % intervals; differences are taken within a round, so a noisy machine widens intervals, not results.\n"
     "Ctrl-C ends it with status 130, after printing what was measured until then.",
     [
-        Option("--rounds", "rounds to measure; bench exits 60, others 40", "N", convert=whole),
+        Option("--rounds", "rounds to measure; bench exits 48, others 40", "N", convert=whole),
         Option("--batch", "exits a round and loop; bench exits 250, bench irq 500", "N", convert=whole),
         Option("--cpus", "vCPUs, at most (bench loop); as many as there are CPUs", "N", convert=whole),
         Option("--kind", "only this kind of exit, or those that begin so; may be repeated (bench exits)", "KIND", many=True),
@@ -61,7 +62,7 @@ def main(argv: list[str]) -> int:
         raise ConfigError(f"{files[0]!r} is one word too many: pykvm bench {what}")
     match what:
         case "exits":
-            return _exits(o["kind"], o["batch"] or 250, o["rounds"] or 60, o["json"], o["plot"])
+            return _exits(o["kind"], o["batch"] or 250, o["rounds"] or 48, o["json"], o["plot"])
         case "irq":
             return _irq(o["batch"] or 500, o["rounds"] or 40, o["json"])
         case "loop":
@@ -84,14 +85,19 @@ def _progress(label: str) -> Callable[..., None] | None:
     except ImportError:
         return _plain_progress(label)
     columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"), TimeRemainingColumn())
-    bar = Progress(*columns, console=Console(stderr=True), transient=True)
-    task = bar.add_task(label)
+    bar = Progress(*columns, console=Console(stderr=True), transient=True, auto_refresh=False)  # no thread beside what is measured
+    task = bar.add_task(label, total=None)
+    shown = 0.0
 
     def show(*at: Any) -> None:
+        nonlocal shown
         *what, i, n = at
         if not bar.live.is_started:
             bar.start()
-        bar.update(task, completed=i, total=n, description=f"{label}: {what[0]}" if what else label)
+        now = monotonic()
+        due = now - shown > 0.1
+        shown = now if due else shown
+        bar.update(task, completed=i, total=n, description=f"{label}: {what[0]}" if what else label, refresh=due)
         if i >= n:
             bar.stop()
 

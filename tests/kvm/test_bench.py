@@ -204,6 +204,7 @@ def test_a_thousand_machines_take_little_memory():
     assert crowds["bare objects"].beyond_c <= 64 << 10
 
 
+@slow
 def test_too_few_fds_for_many_vms():
     script = "import resource; resource.setrlimit(resource.RLIMIT_NOFILE, (90, 90))\n"
     script += "from pykvm.bench.many import bench_many\nprint(*[c for c in bench_many(40) if c.wanted == 40], sep='\\n')"
