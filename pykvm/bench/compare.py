@@ -10,9 +10,10 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
-__all__ = ["SCHEMA", "Difference", "compare", "read_results", "table"]
+__all__ = ["LEAST", "SCHEMA", "Difference", "compare", "read_results", "table"]
 
 SCHEMA = 2
+LEAST = 0.03
 ALPHA, EFFECT = 0.01, 0.474  # |Cliff's delta| from there on is called large (Romano et al. 2006)
 _NUMBER = (int, float)
 
@@ -20,8 +21,8 @@ _NUMBER = (int, float)
 class Difference:
     """One loop of one kind in both files: medians, ratio, p corrected for the number of comparisons, Cliff's delta, verdict."""
 
-    def __init__(self, kind: str, loop: str, a: list[float], b: list[float]) -> None:
-        self.kind, self.loop = kind, loop
+    def __init__(self, kind: str, loop: str, a: list[float], b: list[float], least: float) -> None:
+        self.kind, self.loop, self.least = kind, loop, least
         self.a, self.b = median(a), median(b)
         self.ratio = self.b / self.a if self.a else float("nan")
         self.p = mann_whitney(a, b)[1]
@@ -30,7 +31,7 @@ class Difference:
     @property
     def verdict(self) -> str:
         """ "slower", "faster" or "same": of the second file."""
-        if self.p >= ALPHA or abs(self.delta) < EFFECT:
+        if self.p >= ALPHA or abs(self.delta) < EFFECT or abs(self.b - self.a) < self.least * abs(self.a):
             return "same"
         return "slower" if self.delta > 0 else "faster"
 
@@ -95,11 +96,15 @@ def _is_estimate(e: object) -> bool:
     return isinstance(e, dict) and all(isinstance(e.get(name), _NUMBER) for name in ("median", "low", "high"))
 
 
-def compare(a: dict[str, Any], b: dict[str, Any]) -> list[Difference]:
-    """All that both have measured, the second beside the first. Raises ConfigError when that is nothing."""
+def compare(a: dict[str, Any], b: dict[str, Any], least: float = LEAST) -> list[Difference]:
+    """All that both have measured, the second beside the first. Raises ConfigError when that is nothing.
+
+    ``least``: the smallest share of a median that counts. Two processes that do the same differ by a percent or two, certainly and each
+    time: by where their pages happen to lie.
+    """
     rows = {row["kind"]: row for row in b["rows"] if "values" in row}
     differences = [
-        Difference(row["kind"], loop, values, rows[row["kind"]]["values"][loop])
+        Difference(row["kind"], loop, values, rows[row["kind"]]["values"][loop], least)
         for row in a["rows"]
         if row["kind"] in rows and "values" in row
         for loop, values in row["values"].items()
@@ -129,8 +134,9 @@ def table(differences: list[Difference], a: dict[str, Any], b: dict[str, Any]) -
             lines.append(f"{d.kind:<24}{d.loop:<24}{d.a:>10.0f}{d.b:>10.0f}{d.ratio:>8.3f}{d.p:>9.1g}{d.delta:>+8.2f}  {d.verdict}")
         lines.append("")
     same = len(differences) - len(telling)
-    lines.append(
-        f"{same} of {len(differences)} medians are the same; a difference is one with p < {ALPHA:g} (Mann-Whitney, Holm's correction)\n"
-        f"and a Cliff's delta of at least {EFFECT:g} either way"
-    )
+    least = differences[0].least if differences else LEAST
+    lines += [
+        f"{same} of {len(differences)} medians are the same; a difference is one of {100 * least:g} % or more",
+        f"with p < {ALPHA:g} (Mann-Whitney, Holm's correction) and a Cliff's delta of at least {EFFECT:g} either way",
+    ]
     return "\n".join(lines)

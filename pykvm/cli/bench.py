@@ -6,7 +6,7 @@ import sys
 from time import monotonic
 
 from pykvm.cli import say
-from pykvm.cli.options import Command, Option, whole
+from pykvm.cli.options import Command, Option, number, whole
 from pykvm.errors import ConfigError
 
 TYPE_CHECKING = False
@@ -34,6 +34,7 @@ COMMAND = Command(
         Option("--cpus", "vCPUs, at most (bench loop); as many as there are CPUs", "N", convert=whole),
         Option("--kind", "only this kind of exit, or those that begin so; may be repeated (bench exits)", "KIND", many=True),
         Option("--vms", "VMs at once, at most (bench start)", "N", 1000, whole),
+        Option("--least", "the smallest difference that counts, in percent (bench compare)", "PERCENT", 3.0, number),
         Option("--json", "JSON instead of tables"),
         Option("--plot", "draw the results: .svg, .png or .pdf (bench exits; needs matplotlib)", "FILE"),
     ],
@@ -69,7 +70,7 @@ def main(argv: list[str]) -> int:
             return _loop(o["cpus"], o["rounds"] or 40, o["json"])
         case "start":
             return _start(o["rounds"] or 40, o["vms"], o["json"])
-    return _compare(files[0], files[1], o["json"])
+    return _compare(files[0], files[1], o["least"] / 100, o["json"])
 
 
 # --- progress, and the end --------------------------------------------------------------------------------------------
@@ -179,11 +180,11 @@ def _exits(words: list[str], batch: int, rounds: int, json: bool, plot: str | No
     return _status(interrupted)
 
 
-def _compare(first: str, second: str, json: bool) -> int:
+def _compare(first: str, second: str, least: float, json: bool) -> int:
     from pykvm.bench.compare import compare, read_results, table
 
     a, b = read_results(first), read_results(second)
-    differences = compare(a, b)
+    differences = compare(a, b, least)
     if json:
         _print_json("compare", differences=[d.as_dict() for d in differences])
     else:

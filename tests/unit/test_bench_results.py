@@ -80,6 +80,11 @@ def test_verdicts(scale, verdict):
     assert ("PIO out 8" in text) == (verdict != "same")
 
 
+def test_small_differences_count_when_asked_for():
+    assert {d.verdict for d in compare(results(), results(1.025))} == {"same"}
+    assert {d.verdict for d in compare(results(), results(1.025), 0.02)} == {"slower"}
+
+
 def test_other_hosts_and_noise_are_said():
     a, b = results(), results(host={"cpu": "y"}, noise={"quiet": False})
     text = table(compare(a, b), a, b)
