@@ -34,6 +34,7 @@ __all__ = [
     "out_leaves_rip_past",
     "shutdown_keeps_registers",
     "single_step",
+    "watchpoints",
 ]
 
 _TIMEOUT = 0.2  # seconds; a probe that says nothing until then has its answer
@@ -116,6 +117,16 @@ def breakpoints(kind: str) -> bool:
     debug.cdata.arch.debugreg[0], debug.cdata.arch.debugreg[7] = _CODE + 1, DR7_G0 if kind == "hardware" else 0
     exit, rip = _exit_of(b"\x90\xcc" if kind == "software" else b"\x90\x90\xe6\xf4", "long", debug)  # nop; int3 or nop; out 0xf4, al
     return isinstance(exit, exits.Debug) and rip == 1
+
+
+@cache
+def watchpoints() -> bool:
+    """Whether DR0 stops a guest at CPL0 that writes where it points."""
+    debug = new("struct kvm_guest_debug")
+    debug.control = lib.KVM_GUESTDBG_ENABLE | lib.KVM_GUESTDBG_USE_HW_BP
+    debug.cdata.arch.debugreg[0], debug.cdata.arch.debugreg[7] = _CODE + 0x100, 0xD0000 | DR7_G0  # a write of 4 bytes
+    exit, rip = _exit_of(b"\x89\x05\xfa\x00\x00\x00\xe6\xf4", "long", debug)  # mov [rip + 0xfa], eax; out 0xf4, al
+    return isinstance(exit, exits.Debug) and rip == 6
 
 
 @cache

@@ -189,6 +189,23 @@ class Runner:
         """Forget a stop() that came too late for the run it was meant for."""
         self._stop = None
 
+    def serve(self) -> Stop | None:
+        """Carry out the exit that ``vcpu.run()`` came back with, for who runs the vCPU without this loop; the Stop that it ends, if any."""
+        if self.vcpu.native.coalesced:
+            self._take_coalesced()
+        with self.lock:
+            reply = self._unpacked()
+        exit = exits.decode(self.vcpu.native)
+        if isinstance(exit, exits.MmioRead):
+            exit.reply(reply)
+        stop, self._stop = self._stop, None
+        return stop
+
+    @property
+    def has_interrupts(self) -> bool:
+        """Whether vectors of interrupt() still wait."""
+        return bool(self._vectors)
+
     def post(self, do: Callable[[], object]) -> None:
         """Have ``do`` called in the vCPU's thread before its next entry: at once from that thread, else after a kick."""
         if self.vcpu.native.tid == get_native_id():

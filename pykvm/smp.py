@@ -87,6 +87,7 @@ class VcpuGroup:
     def __init__(self, runners: Sequence[Runner], *, watch_idle: bool = False, pin: bool = False) -> None:
         self.runners = runners
         self.pin = pin
+        self.ends: list[Stop | BaseException] = []  # of the last run: what each vCPU's ended with, the first to end first
         self._gate: Gate | None = None
         self._watch = IdleWatch(runners) if watch_idle else None
         if self._watch is not None:
@@ -109,7 +110,7 @@ class VcpuGroup:
     def _run_threads(self, timeout: float | None) -> Stop:
         from threading import Lock, Thread
 
-        ends: list[Stop | BaseException] = []
+        ends = self.ends = []
         first = Lock()
         abandoned = False
 
