@@ -122,6 +122,11 @@ class Struct:
 
     __hash__ = None  # type: ignore[assignment]
 
+    def _repr_html_(self) -> str:
+        from pykvm.debug.html import struct_html
+
+        return struct_html(self)
+
     def __repr__(self) -> str:
         def show(value: Any) -> str:
             if isinstance(value, int):

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from typing import Any, Literal
 
     from pykvm.bus import Device, Range, Space
+    from pykvm.debug.translate import Translation
     from pykvm.devices.ioapic import Ioapic
     from pykvm.irq import EventFd, IrqLine
     from pykvm.ledger import Ledger
@@ -463,6 +464,16 @@ class Machine:
         from pykvm.exits import decode
 
         return insn_rip(CpuView(self.vcpu, self.memory), decode(self.vcpu.native))
+
+    def walk(self, gva: int, access: str = "", user: bool | None = None, cpu: int = 0) -> Translation:
+        """VCPU.walk() of vCPU ``cpu``, which also names the device where no memslot is."""
+        from pykvm.debug.translate import Translator
+
+        def device_at(gpa: int) -> str:
+            claimed = self.bus.mmio.find(gpa, 1)
+            return "" if claimed is None else claimed.name
+
+        return Translator(self._runner(cpu).vcpu, self.memory, device_at).walk(gva, access, user)
 
     def symbols(self) -> Symbols:
         """The image's symbols; empty for a flat image."""

@@ -351,6 +351,11 @@ class GuestMemory:
     def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, tb: TracebackType | None) -> None:
         self.close()
 
+    def _repr_html_(self) -> str:
+        from pykvm.debug.html import memory_html
+
+        return memory_html(self)
+
     def __repr__(self) -> str:
         return f"<GuestMemory {format_size(self.size)} in {len(self._slots)} slot{'s' * (len(self._slots) != 1)}>"
 

@@ -57,6 +57,11 @@ class Result:
             "explanation": self.explanation or None,
         }
 
+    def _repr_html_(self) -> str:
+        from pykvm.debug.html import result_html
+
+        return result_html(self)
+
     def __repr__(self) -> str:
         code = f" code={self.exit_code}" if self.exit_code is not None else ""
         return f"<Result {self.reason}{code}, {sum(self._counts.values())} exits, {len(self.console)} characters>"

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from typing import Any
 
     from pykvm.bus import SpaceName
+    from pykvm.debug.translate import Translation
     from pykvm.vm import VM
 
 __all__ = ["FOREVER", "VCPU"]
@@ -194,6 +195,15 @@ class VCPU:
         translation.linear_address = gva
         ioctl(self.fd, "KVM_TRANSLATE", translation.cdata)
         return int(translation.physical_address) if translation.valid else None
+
+    def walk(self, gva: int, access: str = "", user: bool | None = None) -> Translation:
+        """Where a linear address leads, level by level: gpa, memslot, hva, host-physical address (debug/translate.py has the rest).
+
+        ``access``: "read", "write" or "fetch": whether that would fail, and why; ``user``: from CPL3, by default as the vCPU stands.
+        """
+        from pykvm.debug.translate import SlotMemory, Translator
+
+        return Translator(self, SlotMemory(self._vm.slots)).walk(gva, access, user)
 
     def want_coalesced(self) -> None:
         """From now on an exit that finds writes in the coalesced ring (VM.coalesce) lets Python take them out first."""

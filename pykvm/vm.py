@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from types import TracebackType
     from typing import Literal
 
+    from pykvm.debug.pagetables import PageTables
     from pykvm.irq import Route
     from pykvm.memory import GuestMemory, MemSlot
     from pykvm.system import System
@@ -123,6 +124,14 @@ class VM:
     def set_identity_map_addr(self, gpa: int) -> None:
         """KVM_SET_IDENTITY_MAP_ADDR: one page below 4 GiB that no slot may use."""
         ioctl(self.fd, "KVM_SET_IDENTITY_MAP_ADDR", ffi.new("uint64_t *", gpa))
+
+    def page_tables(self, cr3: int | None = None, vcpu: VCPU | None = None) -> PageTables:
+        """What page tables map, as ranges: those at ``cr3``, by default the vCPU's own; the kind of paging is that of ``vcpu`` (the first)."""
+        from pykvm.debug.pagetables import page_tables
+        from pykvm.debug.translate import SlotMemory
+
+        s = (vcpu or self.vcpus[0]).get_sregs()
+        return page_tables(SlotMemory(self.handle.slots), cr0=s.cr0, cr3=s.cr3 if cr3 is None else cr3, cr4=s.cr4, efer=s.efer)
 
     # --- interrupts --------------------------------------------------------------------------------------------------
 

@@ -26,6 +26,8 @@ __all__ = ["COMMANDS", "main", "say"]
 
 COMMANDS = {
     "run": "run a guest: a gallery name or an image file",
+    "trace": "every exit as it happens, in words; or every instruction; or a page that shows it all",
+    "walk": "where addresses of a guest lead, level by level",
     "ledger": "tables of the exits that run --ledger has recorded",
     "guests": "the gallery: what each guest shows, its exits, its source",
     "doctor": "what this host's KVM is and can do, and where that was read",

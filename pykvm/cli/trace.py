@@ -1,0 +1,123 @@
+"""``pykvm trace``: every exit of a guest as it happens, in words.
+
+Exit status as for pykvm run, but 0 when --until was reached.
+"""
+
+from __future__ import annotations
+
+import sys
+
+from pykvm.cli import run, say
+from pykvm.cli.options import Command, Option, whole
+from pykvm.errors import ConfigError, GuestCrash
+from pykvm.machine import Machine
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
+
+    from pykvm.debug.tracer import Tracer
+    from pykvm.result import Result
+
+_TAKEN = (
+    "--memory", "--backing", "--mode", "--entry", "--timeout", "--append", "--cpus", "--irqchip", "--cpu", "--pin", "--loop", "--strict",
+)  # fmt: skip
+MACHINE_OPTIONS = [run.COMMAND.options[name] for name in _TAKEN]
+
+COMMAND = Command(
+    "trace",
+    "IMAGE",
+    "Run a guest and print each exit to user space: number, time, instruction, device, register and value.\n"
+    "EXIT and FILTER: reason=io,port=0x3f8 (all must hold), hlt, gpa=0xd0000000-0xd0000fff, dir=in, symbol=puts, device=RTC, 17.",
+    [
+        Option("--filter", "show only such exits; several: those that meet any", "FILTER", many=True),
+        Option("--from", "show nothing before this EXIT, or before the first instruction at this symbol", "EXIT|SYMBOL"),
+        Option("--until", "stop at this EXIT, or before the first instruction at this symbol", "EXIT|SYMBOL"),
+        Option("--step", "every instruction, with the registers and the memory that it changes"),
+        Option("--watch", "report what changes in guest physical memory between exits", "GPA:LEN", many=True),
+        Option("--regs", "the general registers at each exit too"),
+        Option("--limit", "stop after so many lines", "N", None, whole),
+        Option("--fast", "look at exits in batches: costs the guest less than 1 µs an exit, but registers are not those of the exit"),
+        Option("--html", "write a page that shows it all to FILE", "FILE"),
+        *MACHINE_OPTIONS,
+        Option("--json", "one JSON object a line"),
+    ],
+    [
+        "pykvm trace hello",
+        "pykvm trace io_sizes --filter port=0xe0-0xe7 --filter reason=mmio",
+        "pykvm trace hello --step --from puts --limit 40",
+        "pykvm trace page_fault --html page_fault.html",
+    ],
+)
+
+
+def open_machine(image: str, o: dict[str, Any], **more: Any) -> Machine:
+    """A machine as the options say; the guest's input is stdin. Raises GuestNeedsError where the host lacks what it needs."""
+    names = ("memory", "backing", "mode", "entry", "append", "cpus", "irqchip", "cpu", "pin", "loop", "strict")
+    options = {name: o[name] for name in names}
+    machine = Machine(image, **{"poll_input": run._Input(run._Output()).poll, **options, **more})
+    try:
+        run._check_needs(machine)
+    except BaseException:
+        machine.close()
+        raise
+    return machine
+
+
+def main(argv: list[str]) -> int:
+    """Trace it; returns the exit status."""
+    (image,), o = COMMAND.parse(argv, 1, 1)
+    from pykvm.debug.tracer import Tracer
+
+    if o["html"] and o["json"]:
+        raise ConfigError("--html and --json: choose one")
+    with open_machine(image, o) as machine:
+        tracer = Tracer(
+            machine,
+            filters=o["filter"],
+            begin=o["from"],
+            until=o["until"],
+            watch=o["watch"],
+            step=o["step"],
+            exact=not o["fast"] or o["regs"] or bool(o["html"]),
+            limit=o["limit"],
+        )
+        crash, interrupted = None, False
+        if o["html"]:
+            from pykvm.debug.trace_html import Report
+
+            report = Report(tracer)
+            tracer.sink = report.add
+        else:
+            tracer.sink = tracer.json_printer(sys.stdout, o["regs"]) if o["json"] else tracer.text_printer(sys.stdout, o["regs"])
+        try:
+            result = tracer.run(o["timeout"])
+        except GuestCrash as error:
+            if error.result is None:
+                raise
+            crash, result = error, error.result
+        except KeyboardInterrupt:
+            interrupted, result = True, machine.result("interrupted")
+        status = 130 if interrupted else 70 if crash else 0 if result.reason == "until" else run._status(result, False)
+        if o["html"]:
+            report.save(o["html"], result)
+        sys.stdout.flush()
+        _report(tracer, result, status, o)
+        return status
+
+
+def _report(tracer: Tracer, result: Result, status: int, o: dict[str, Any]) -> None:
+    """How it ended, in one line or, for a crash, in full."""
+    shown = "" if tracer.shown == tracer.seen else f", {tracer.shown} shown"
+    code = "" if result.exit_code is None else f" {result.exit_code}" if result.reason == "exit" else ""
+    unit = "instructions" if o["step"] else "exits"
+    end = {"until": f"stopped at {o['until']}" if o["until"] else f"stopped after {tracer.shown} lines", "crash": "crashed"}.get(
+        result.reason, result.reason
+    )
+    say(f"pykvm: {tracer.seen} {unit}{shown}; {end}{code}")
+    if o["html"]:
+        say(f"pykvm: {o['html']} shows it")
+    if status == 70:
+        say(f"pykvm: the guest crashed: {result.explanation}")
+    elif status == 124:
+        say(f"pykvm: time limit of {o['timeout']:g} s: {result.explanation}")

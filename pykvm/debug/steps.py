@@ -1,0 +1,258 @@
+"""``pykvm trace --step``: every instruction, with the registers and the memory that it changed, and the exit it made, if any.
+
+Run control (control.py) moves the vCPU; which memory an instruction writes is read off its operands before it runs, and what is there
+is looked at before and after.
+"""
+
+from __future__ import annotations
+
+from time import monotonic
+
+from pykvm.abi import ffi
+from pykvm.debug.names import describe
+from pykvm.debug.reach import raise_crash, run_to
+from pykvm.debug.trace import Event
+from pykvm.debug.trace_text import Formatter, printable
+from pykvm.records import RecordRing
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
+
+    from pykvm.debug.control import Control
+    from pykvm.debug.tracer import Tracer
+    from pykvm.debug.view import CpuView
+    from pykvm.debug.where import Place
+    from pykvm.result import Result
+    from pykvm.runner import Runner
+
+__all__ = ["Step", "run_steps", "writes"]
+
+_GENERAL = ("rax", "rbx", "rcx", "rdx", "rsi", "rdi", "rbp", "rsp", *(f"r{n}" for n in range(8, 16)))
+_CONTROL = ("cr0", "cr2", "cr3", "cr4", "cr8", "efer")
+_SEGMENTS = ("cs", "ss", "ds", "es", "fs", "gs", "tr", "ldt")
+_FLAGS = ((1, "CF"), (4, "PF"), (16, "AF"), (64, "ZF"), (128, "SF"), (512, "IF"), (1024, "DF"), (2048, "OF"))
+_SHOWN = 64  # bytes of one write that are shown
+
+
+class Step:
+    """One instruction that has run: ``place``, ``registers`` {name: (before, after)}, ``memory`` [(gva, before, after)], ``exit``."""
+
+    __slots__ = ("cpu", "exit", "memory", "n", "place", "registers", "several")
+
+    def __init__(self, n: int, cpu: int, place: Place, several: bool) -> None:
+        self.n, self.cpu, self.place, self.several = n, cpu, place, several
+        self.registers: dict[str, tuple[int, int]] = {}
+        self.memory: list[tuple[int, bytes, bytes]] = []
+        self.exit = ""
+
+    def __str__(self) -> str:
+        p = self.place
+        where = f"{p.address:#010x}" if p.address is not None else "?"
+        if p.symbol:
+            where += f" <{printable(p.symbol)}>"
+        changes = [_register_text(name, *values) for name, values in self.registers.items()]
+        changes += [f"[{gva:#x}] {_memory_text(before, after)}" for gva, before, after in self.memory]
+        if self.exit:
+            changes.append(printable(self.exit))
+        cpu = f" cpu{self.cpu}" if self.several else ""
+        source = f"  {p.source}" if p.source else ""
+        return f"{self.n:>6}{cpu}  {where:<24}  {p.insn or '?'!s:<32} ; {', '.join(changes)}{source}".rstrip(" ;")
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        p = self.place
+        return {
+            "n": self.n,
+            "vcpu": self.cpu,
+            "insn_rip": p.address,
+            "symbol": p.symbol or None,
+            "source": p.source or None,
+            "insn": None if p.insn is None else str(p.insn),
+            "bytes": None if p.insn is None else p.insn.bytes.hex(),
+            "registers": {name: {"before": before, "after": after} for name, (before, after) in self.registers.items()},
+            "memory": [{"gva": gva, "before": before.hex(), "after": after.hex()} for gva, before, after in self.memory],
+            "exit": self.exit or None,
+        }
+
+
+def _register_text(name: str, before: int, after: int) -> str:
+    if name != "rflags":
+        return f"{name} {before:#x} => {after:#x}"
+    changed = [f"{'+' if after & bit else '-'}{flag}" for bit, flag in _FLAGS if (before ^ after) & bit]
+    return " ".join(changed) or f"rflags {before:#x} => {after:#x}"
+
+
+def _memory_text(before: bytes, after: bytes) -> str:
+    if len(after) in (1, 2, 4, 8):
+        return f"{int.from_bytes(before, 'little'):#x} => {int.from_bytes(after, 'little'):#x}"
+    return f"{before[:_SHOWN].hex(' ')} => {after[:_SHOWN].hex(' ')}"
+
+
+def run_steps(tracer: Tracer, timeout: float | None) -> Result:
+    """The run that Tracer.run() makes with ``step``. The time limit is that of the whole run."""
+    from pykvm.debug.control import Control
+
+    machine = tracer.machine
+    deadline = None if timeout is None else monotonic() + timeout
+    control = Control(machine)
+    if tracer.begin_address is not None:
+        reason = run_to(machine, tracer.begin_address, timeout, control)
+        if reason != "breakpoint":
+            return machine.result(reason)
+    rings = [_Ring(runner) for runner in machine.runners]
+    views = [control.view(cpu) for cpu in range(machine.cpus)]
+    formatter = Formatter(tracer.capture, tracer.locator)
+    try:
+        while True:
+            for cpu in control._started():
+                left = None if deadline is None else deadline - monotonic()
+                if left is not None and left <= 0:
+                    return _timed_out(tracer)
+                before = views[cpu]
+                if before.rip == tracer.until_address:
+                    return machine.result("until")
+                stopped, step, event = _one(tracer, control, cpu, before, rings[cpu], left)
+                views[cpu] = control.view(cpu)
+                _finish(step, before, views[cpu], formatter, event)
+                if stopped.reason == "timeout":
+                    return _timed_out(tracer)
+                tracer.take_step(step, event)
+                if tracer.stopped:
+                    return machine.result("until")
+                if stopped.reason == "crash":
+                    raise_crash(machine, stopped)
+                if stopped.reason != "step":
+                    result = machine.result(stopped.reason)
+                    result.exit_code = stopped.code if stopped.reason == "exit" else 0 if stopped.reason == "halted" else None
+                    return result
+    finally:
+        for ring in rings:
+            ring.undo()
+        control.detach()
+
+
+def _timed_out(tracer: Tracer) -> Result:
+    from pykvm.debug.explain import explain_stop
+    from pykvm.runner import Stop
+
+    result = tracer.machine.result("timeout")
+    result.explanation = explain_stop(tracer.machine, Stop("timeout"))
+    return result
+
+
+def _one(tracer: Tracer, control: Control, cpu: int, before: CpuView, ring: _Ring, left: float | None) -> tuple[Any, Step, Event | None]:
+    """Step one vCPU; the memory it may write is noted before."""
+    place = tracer.locator.at(before, before.rip)
+    tracer.seen += 1
+    step = Step(tracer.seen, cpu, place, tracer.machine.cpus > 1)
+    targets = [(gva, before.read(gva, size), size) for gva, size in writes(before, place)]
+    stopped = control.step(cpu, left)
+    step.memory = [(gva, was, b"") for gva, was, _ in targets]
+    return stopped, step, ring.take()
+
+
+def _finish(step: Step, before: CpuView, after: CpuView, formatter: Formatter, event: Event | None) -> None:
+    """What has changed."""
+    for name in (*_GENERAL, "rflags"):
+        was, now = int(getattr(before.regs, name)), int(getattr(after.regs, name))
+        if name == "rflags":  # RF and TF are the debugger's
+            was, now = was & ~0x10100, now & ~0x10100
+        if was != now:
+            step.registers[name] = (was, now)
+    for name in _CONTROL:
+        was, now = int(getattr(before.sregs, name)), int(getattr(after.sregs, name))
+        if was != now:
+            step.registers[name] = (was, now)
+    for name in _SEGMENTS:
+        was, now = int(getattr(before.sregs, name).selector), int(getattr(after.sregs, name).selector)
+        if was != now:
+            step.registers[name] = (was, now)
+    changed = [(gva, was, after.read(gva, len(was))) for gva, was, _ in step.memory if was]
+    step.memory = [(gva, was, now) for gva, was, now in changed if now]
+    if event is not None:
+        if not event.is_write and event.is_pio:
+            event.value = int(after.regs.rax) & (1 << 8 * event.size) - 1
+        known = event.is_write or event.is_pio or not event.size
+        step.exit = formatter.what(event) if known else f"{describe(formatter.bus, event)} -> (read)"
+
+
+def writes(view: CpuView, place: Place) -> list[tuple[int, int]]:
+    """(linear address, size) of what the instruction writes to memory, as far as its operands tell. Of a REP, the first element."""
+    import capstone
+    from capstone import x86
+
+    if place.insn is None:
+        return []
+    mode = {16: capstone.CS_MODE_16, 32: capstone.CS_MODE_32, 64: capstone.CS_MODE_64}[view.bits]
+    engine = capstone.Cs(capstone.CS_ARCH_X86, mode)
+    engine.detail = True
+    found = next(engine.disasm(place.insn.bytes, place.insn.address, 1), None)
+    if found is None:
+        return []
+    result = []
+    mask = (1 << view.bits) - 1
+    for operand in found.operands:
+        if operand.type == x86.X86_OP_MEM and operand.access & capstone.CS_AC_WRITE:
+            m = operand.mem
+            address = m.disp + sum(_value(view, found.reg_name(r), found) * scale for r, scale in ((m.base, 1), (m.index, m.scale)) if r)
+            segment = (
+                found.reg_name(m.segment)
+                if m.segment
+                else (
+                    "es"
+                    if found.mnemonic.rpartition(" ")[2].startswith(("stos", "movs", "ins"))
+                    else "ss"
+                    if m.base and found.reg_name(m.base) in ("ebp", "esp", "bp")
+                    else "ds"
+                )
+            )
+            base = int(getattr(view.sregs, segment).base) if view.bits != 64 or segment in ("fs", "gs") else 0
+            result.append((base + (address & mask) & (1 << 64 if view.bits == 64 else 1 << 32) - 1, min(operand.size, _SHOWN)))
+    if found.mnemonic.startswith(("push", "call", "lcall")):
+        size = {16: 2, 32: 4, 64: 8}[view.bits]
+        base = 0 if view.bits == 64 else int(view.sregs.ss.base)
+        result.append((base + (int(view.regs.rsp) - size & mask), size))
+    return result
+
+
+def _value(view: CpuView, name: str, insn: Any) -> int:
+    """A register as an address is made of it."""
+    if name in ("rip", "eip"):
+        return int(insn.address + insn.size)
+    wide = {"e": "r"}.get(name[0], name[0]) + name[1:] if name.startswith("e") else name
+    if wide in _GENERAL:
+        return int(getattr(view.regs, wide)) & (0xFFFFFFFF if name.startswith("e") else (1 << 64) - 1)
+    if f"r{name}" in _GENERAL:  # bx, si ...
+        return int(getattr(view.regs, f"r{name}")) & 0xFFFF
+    if name[0] == "r" and name[-1] == "d":
+        return int(getattr(view.regs, name[:-1])) & 0xFFFFFFFF
+    return 0
+
+
+class _Ring:
+    """Records of what a step's instruction did, apart from those of anyone else."""
+
+    def __init__(self, runner: Runner) -> None:
+        self.runner, self.before = runner, runner.ring
+        self.ring = runner.ring = RecordRing(16)
+        runner.vcpu.want_sync_regs()
+        runner.vcpu.lent = None
+        runner.sync_table()
+
+    def take(self) -> Event | None:
+        """The access or other exit that the last step made, besides the debugger's own."""
+        size = ffi.sizeof("struct pykvm_record")
+        records = ffi.buffer(self.ring.cdata.data, size * self.ring.cdata.used)[:]
+        self.ring.cdata.used = 0
+        vcpu = self.runner.vcpu
+        for at in range(0, len(records), size):
+            event = Event(0, records[at : at + size], b"", vcpu, False)
+            if event.reason not in (4, 10):
+                return event
+        return None
+
+    def undo(self) -> None:
+        """As it was."""
+        self.runner.ring = self.before
+        self.runner.vcpu.lent = None

@@ -1,0 +1,287 @@
+"""`pykvm trace` on real guests: what each exit says, filters, beginnings and ends, steps, watched memory, batches."""
+
+import json
+import re
+import shutil
+import subprocess
+from itertools import pairwise
+
+import pytest
+
+import pykvm
+from pykvm import GuestCrash, Machine
+from pykvm.cli import main
+from pykvm.debug.trace import Capture
+from pykvm.debug.tracer import Change, Tracer, Watch
+from pykvm.debug.where import Locator
+from pykvm.errors import ConfigError
+from tests.conftest import TIMEOUT
+
+OUTS = "mov ecx, {n}; mov dx, 0xe0; 1: mov al, cl; out dx, al; dec ecx; jnz 1b; hlt"
+
+
+def flat(source, bits=64, **options):
+    mode, org = {16: ("real", 0x7C00), 64: ("long", 0x100000)}[bits]
+    return Machine(pykvm.asm(source, bits=bits, org=org), mode=mode, **{"memory": "2M", **options})
+
+
+def events(machine, **options):
+    found = []
+    with Capture(machine, found.append, **options):
+        machine.run(TIMEOUT)
+    return found
+
+
+def lines(capfd, *words, status=0):
+    assert main(["trace", *words]) == status
+    out, err = capfd.readouterr()
+    return out.splitlines(), err
+
+
+# --- capturing --------------------------------------------------------------------------------------------------------
+
+
+def test_events_are_the_exits_in_order(loop):
+    with flat(OUTS.format(n=5), loop=loop) as machine:
+        found = events(machine)
+        assert [e.n for e in found] == [1, 2, 3, 4, 5, 6]
+        assert [e.value for e in found[:5]] == [5, 4, 3, 2, 1]
+        assert [e.reason for e in found] == [2] * 5 + [5]
+        assert [e.frozen().get_regs().rcx for e in found] == [5, 4, 3, 2, 1, 0]
+        assert all(a.tsc_after <= b.tsc_before for a, b in pairwise(found))
+        places = {Locator(machine).place(e).address for e in found[:5]}
+        assert len(places) == 1
+
+
+def test_batches_tell_the_same(loop):
+    told = []
+    for exact in (True, False):
+        with flat(OUTS.format(n=300), loop=loop) as machine:
+            locator = Locator(machine)
+            found = events(machine, exact=exact, batch=64)
+            told.append([(e.n, e.reason, e.qualifier, e.value, locator.place(e).address, str(locator.place(e).insn)) for e in found])
+    assert told[0] == told[1]
+    assert len(told[0]) == 301
+
+
+def test_a_capture_leaves_no_trace():
+    with flat(OUTS.format(n=3), stats=True) as machine:
+        found = events(machine)
+        assert len(found) == 4
+        assert sum(row.count for row in machine.stats_rows()) == 4
+        assert machine.runner.ring.cdata.capacity > 1
+    with flat("1: mov dx, 0xe0; out dx, al; hlt; jmp 1b") as machine:
+        found = []
+        with Capture(machine, found.append):
+            machine.run(TIMEOUT)
+        machine.run(TIMEOUT)
+        assert len(found) == 2
+        assert machine.result().exits == {"IO": 2, "HLT": 2}
+
+
+def test_what_the_hook_raises_reaches_the_caller():
+    def fail(event):
+        raise RuntimeError("no")
+
+    with flat(OUTS.format(n=3)) as machine:
+        with pytest.raises(RuntimeError), Capture(machine, fail):
+            machine.run(TIMEOUT)
+        assert machine.run(TIMEOUT).reason == "halted"
+
+
+def test_reads_have_their_answers():
+    class Device:
+        register_names = {0: ("STATUS", "COMMAND")}
+
+        def read(self, offset, size):
+            return 0x5A
+
+        def write(self, offset, size, value):
+            pass
+
+    with flat("in al, 0x99; out 0x99, al; hlt") as machine:
+        machine.add_device(Device(), port=0x99, name="mine")
+        tracer = Tracer(machine)
+        out = []
+        tracer.sink = lambda item: out.append(formatter.what(item))
+        from pykvm.debug.trace_text import Formatter
+
+        formatter = Formatter(tracer.capture, tracer.locator)
+        tracer.run(TIMEOUT)
+    assert out == ["mine STATUS -> 0x5a", "mine COMMAND <- 0x5a", "HLT"]
+
+
+# --- the command ------------------------------------------------------------------------------------------------------
+
+
+def test_text(capfd):
+    out, err = lines(capfd, "hello")
+    assert len(out) == 23
+    assert re.search(r"<puts\+0x9> +out dx, al +; COM1 THR <- 0x48 'H'$", out[0])
+    assert out[-1].endswith("out 0xf4, al                     ; debug exit <- 0x0")
+    assert "23 exits; exit 0" in err
+
+
+def test_real_mode_and_switches(capfd):
+    out, _ = lines(capfd, "far_modes")
+    assert ["puts16" in out[0], "puts32" in out[8], "puts64" in out[-3]] == [True] * 3
+    assert all("out dx, al" in line for line in out[:-1])
+
+
+def test_json_and_filters(capfd):
+    out, err = lines(capfd, "mmio_rw", "--json", "--filter", "reason=mmio,dir=read", "--filter", "port=0xf0-0xf7")
+    rows = [json.loads(line) for line in out]
+    assert [row["reason"] for row in rows] == ["MMIO"] * 5 + ["IO"]
+    assert (
+        rows[0]
+        | {"gpa": 0xD0000000, "direction": "read", "size": 1, "value": 0x11, "device": "scratch", "insn": "movzx eax, byte ptr [rbx]"}
+        == rows[0]
+    )
+    assert rows[-1]["port"] == 0xF4
+    assert "10 exits, 6 shown" in err
+
+
+def test_registers(capfd):
+    out, _ = lines(capfd, "hello", "--regs", "--limit", "1")
+    assert "rdx=00000000000003f8" in " ".join(out)
+
+
+def test_ends(capfd):
+    out, err = lines(capfd, "hello", "--until", "3")
+    assert len(out) == 3 and "stopped at 3" in err
+    out, _ = lines(capfd, "hello", "--until", "value=0x6f")
+    assert out[-1].endswith("'o'") and len(out) == 5
+    out, _ = lines(capfd, "hello", "--from", "value=0x6f", "--limit", "2")
+    assert "'o'" in out[0] and "' '" in out[1] and len(out) == 2
+
+
+def test_symbols_as_beginning_and_end(capfd):
+    out, err = lines(capfd, "hello", "--until", "done")
+    assert out[-1].endswith(r"'\n'") and len(out) == 22
+    assert "22 exits; stopped at done" in err
+    out, _ = lines(capfd, "hello", "--from", "done")
+    assert len(out) == 1 and "debug exit" in out[0]
+
+
+def test_crashes_are_explained(capfd):
+    out, err = lines(capfd, "triple_fault", status=70)
+    assert "SHUTDOWN" in out[-1]
+    assert "crashed" in err
+
+
+def test_watched_memory(capfd):
+    out, _ = lines(capfd, "walk_two_level", "--watch", "0x102000:4K", "--limit", "1")
+    assert re.search(r"memory 0x102688: 0x0 => 0x103003", out[0]) or "memory 0x102688" in out[0]
+
+
+def test_watch_reports_runs_of_words():
+    with flat("hlt") as machine:
+        watch = Watch(machine, 0x1000, 64)
+        assert watch.look(1) == []
+        machine.memory.write(0x1008, b"\1" * 16)
+        machine.memory.write(0x1038, b"\2")
+        first, second = watch.look(2)
+        assert (first.gpa, len(first.after), second.gpa) == (0x1008, 16, 0x1038)
+        assert isinstance(first, Change) and watch.look(3) == []
+        with pytest.raises(ConfigError):
+            Watch(machine, 0, 0)
+
+
+def test_msrs_say_their_values(capfd):
+    out, _ = lines(capfd, "msr_user")
+    assert any("wrmsr" in line and "MSR 0x12345 <- 0x5566778811223344" in line for line in out)
+    assert any("rdmsr" in line and "MSR 0x12345 -> 0x" in line for line in out)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [["--filter", "nosuch=1"], ["--filter", "port=x"], ["--filter", "reason=hl"], ["--until", "nosuch"], ["--watch", "0xfffffff0000:8"]],
+)
+def test_what_makes_no_sense(capfd, words):
+    assert main(["trace", "hello", *words]) == 64
+    assert capfd.readouterr().err
+
+
+def test_several_vcpus(capfd):
+    out, _ = lines(capfd, "sipi")
+    assert any(" cpu1 " in line and "COM1 THR" in line for line in out)
+
+
+# --- steps ------------------------------------------------------------------------------------------------------------
+
+
+def stepped(source, bits=64, **options):
+    with flat(source, bits) as machine:
+        steps = []
+        tracer = Tracer(machine, step=True, sink=steps.append, **options)
+        result = tracer.run(TIMEOUT)
+        return steps, result
+
+
+def test_steps_show_registers_and_memory():
+    steps, result = stepped("mov eax, 5; mov rsp, 0x9f000; mov [0x9e000], eax; push rax; pop rbx; xor eax, eax; out 0xe0, al; hlt")
+    assert result.reason == "halted"
+    assert [str(s.place.insn).split()[0] for s in steps] == ["mov", "mov", "mov", "push", "pop", "xor", "out", "hlt"]
+    assert steps[0].registers == {"rax": (0, 5)}
+    assert steps[2].memory == [(0x9E000, b"\0" * 4, b"\5\0\0\0")]
+    assert steps[3].memory == [(0x9EFF8, b"\0" * 8, b"\5" + b"\0" * 7)]
+    assert steps[4].registers["rbx"] == (0, 5)
+    assert "scratch" in steps[6].exit
+
+
+def test_steps_in_real_mode():
+    steps, _ = stepped("mov ax, 0x900; mov ds, ax; mov byte ptr [0x10], 7; hlt", 16)
+    assert steps[1].registers["ds"] == (0, 0x900)
+    assert steps[2].memory == [(0x9010, b"\0", b"\7")]
+
+
+def test_steps_from_and_until(capfd):
+    out, err = lines(capfd, "hello", "--step", "--from", "puts", "--until", "port=0x3f8")
+    assert "<puts>" in out[0] and "COM1 THR <- 0x48 'H'" in out[-1]
+    assert len(out) == 5 and "instructions" in err
+
+
+def test_a_step_that_crashes():
+    with Machine("triple_fault") as machine:
+        steps = []
+        with pytest.raises(GuestCrash):
+            Tracer(machine, step=True, sink=steps.append).run(TIMEOUT)
+        assert str(steps[-1].place.insn) == "ud2"
+
+
+# --- source lines -----------------------------------------------------------------------------------------------------
+
+
+def test_source_lines(capfd, tmp_path):
+    if not shutil.which("as") or not shutil.which("ld"):
+        pytest.skip("no binutils")
+    source = tmp_path / "lines.s"
+    source.write_text(".intel_syntax noprefix\n.globl _start\n_start:\n mov al, 3\n out 0xe0, al\n hlt\n")
+    subprocess.run(["as", "--64", "-g", "-o", tmp_path / "lines.o", source], check=True)
+    subprocess.run(["ld", "-Ttext=0x100000", "-o", tmp_path / "lines.elf", tmp_path / "lines.o"], check=True, stderr=subprocess.DEVNULL)
+    out, _ = lines(capfd, str(tmp_path / "lines.elf"), "--mode", "long")
+    assert out[0].endswith("lines.s:5")
+
+
+@pytest.mark.slow
+def test_a_long_trace_needs_no_more_memory(tmp_path):
+    code = """
+import resource, sys
+from pykvm.debug.tracer import Tracer
+import pykvm, os
+source = "mov ecx, %s; mov dx, 0xe0; 1: out dx, al; dec ecx; jnz 1b; hlt" % sys.argv[1]
+with pykvm.Machine(pykvm.asm(source, bits=64, org=0x100000), mode="long", memory="2M") as m:
+    t = Tracer(m, exact=False)
+    t.sink = t.text_printer(open(os.devnull, "w"))
+    t.run(300)
+    print(t.seen, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+"""
+    import sys
+
+    sizes = []
+    for n in (1000, 60000):
+        done = subprocess.run([sys.executable, "-c", code, str(n)], capture_output=True, text=True, check=True)
+        seen, rss = map(int, done.stdout.split())
+        assert seen == n + 1
+        sizes.append(rss)
+    assert sizes[1] - sizes[0] < 4096  # KiB
