@@ -71,6 +71,7 @@ if TYPE_CHECKING:
     from pykvm.irq import Route as Route
     from pykvm.irq import default_routes as default_routes
     from pykvm.irq import msi_message as msi_message
+    from pykvm.ledger import Ledger as Ledger
     from pykvm.machine import Machine as Machine
     from pykvm.memory import GuestMemory as GuestMemory
     from pykvm.memory import MemSlot as MemSlot
@@ -93,6 +94,7 @@ _HOME = {
     "pykvm.exits": "ApResetHold BusLock Debug DirtyRingFull Eagain ExceptionExit Exit FailEntry Hlt Hypercall Hyperv InternalError "
     "Intr IoIn IoOut IoapicEoi IrqWindowOpen MemoryFault MmioRead MmioWrite Nmi Notify RdMsr SetTpr Shutdown SnpReqCerts "
     "SystemEvent Tdx TprAccess UnknownExit UnknownHardwareExit WrMsr Xen",
+    "pykvm.ledger": "Ledger",
     "pykvm.machine": "Machine",
     "pykvm.result": "Result",
     "pykvm.memory": "GuestMemory MemSlot",
