@@ -1,7 +1,7 @@
 """Builds pykvm._native with cffi in API mode: the C compiler checks every name and layout against <linux/kvm.h>.
 
 kvm_constants.txt lists the constants, kvm_structs.cdef the structures, runloop.cdef the native run loop
-(runloop.c), bench.cdef what benchmarks compare with (bench*.c).
+(runloop.c, session.c), bench.cdef what benchmarks compare with (bench*.c).
 kvm_compat.h supplies what older headers lack. setup.py calls this file through its ``cffi_modules``.
 """
 
@@ -30,7 +30,7 @@ ffi.cdef("\n".join(f"#define {name} ..." for name in constants()))
 ffi.cdef(_without_comments("kvm_structs.cdef"))
 ffi.cdef(_without_comments("runloop.cdef"))
 ffi.cdef(_without_comments("bench.cdef"))
-_parts = ["runloop.c", "bench.c", "bench_irq.c", "bench_traps.c", "bench_mmu.c"]
+_parts = ["runloop.c", "session.c", "bench.c", "bench_irq.c", "bench_traps.c", "bench_mmu.c"]
 ffi.set_source(
     "pykvm._native",
     '#include "kvm_compat.h"\n#include "runloop.h"\n#include "bench.h"\n',

@@ -2,7 +2,7 @@
  *
  * No device knowledge and no policy live here. Python registers a table of ranges, each with an action; step()
  * answers the previous exit, enters the guest, counts, records, and packs a claimed access into one 64-bit word so that
- * an exit costs one call. See runloop.c for the functions and pykvm/runner.py for the Python side.
+ * an exit costs one call. See runloop.c and session.c for the functions and pykvm/runner.py for the Python side.
  */
 #ifndef PYKVM_RUNLOOP_H
 #define PYKVM_RUNLOOP_H
@@ -129,6 +129,9 @@ struct pykvm_vcpu {
 	uint32_t armed;			/* it ticks */
 	timer_t timer;
 };
+
+/* The vCPU of this thread's session; session.c keeps it, each step reads it. */
+extern __thread struct pykvm_vcpu *volatile pykvm_current __attribute__((tls_model("initial-exec"), visibility("hidden")));
 
 int pykvm_ioctl(int fd, unsigned long request, void *argument);
 int pykvm_ioctl_value(int fd, unsigned long request, unsigned long argument);
