@@ -38,13 +38,14 @@ _SHOWN = 64  # bytes of one write that are shown
 class Step:
     """One instruction that has run: ``place``, ``registers`` {name: (before, after)}, ``memory`` [(gva, before, after)], ``exit``."""
 
-    __slots__ = ("cpu", "exit", "memory", "n", "place", "registers", "several")
+    __slots__ = ("cpu", "exit", "memory", "n", "place", "registers", "regs", "several")
 
     def __init__(self, n: int, cpu: int, place: Place, several: bool) -> None:
         self.n, self.cpu, self.place, self.several = n, cpu, place, several
         self.registers: dict[str, tuple[int, int]] = {}
         self.memory: list[tuple[int, bytes, bytes]] = []
         self.exit = ""
+        self.regs: Any = None  # all of them, as they are after it
 
     def __str__(self) -> str:
         p = self.place
@@ -154,6 +155,7 @@ def _one(tracer: Tracer, control: Control, cpu: int, before: CpuView, ring: _Rin
 
 def _finish(step: Step, before: CpuView, after: CpuView, formatter: Formatter, event: Event | None) -> None:
     """What has changed."""
+    step.regs = after.regs
     for name in (*_GENERAL, "rflags"):
         was, now = int(getattr(before.regs, name)), int(getattr(after.regs, name))
         if name == "rflags":  # RF and TF are the debugger's

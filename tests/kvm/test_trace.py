@@ -285,3 +285,77 @@ with pykvm.Machine(pykvm.asm(source, bits=64, org=0x100000), mode="long", memory
         assert seen == n + 1
         sizes.append(rss)
     assert sizes[1] - sizes[0] < 4096  # KiB
+
+
+# --- the page ---------------------------------------------------------------------------------------------------------
+
+HOSTILE = "</script><img src=x onerror=alert(1)>"
+
+
+def page_of(tmp_path, *words, status=0):
+    path = tmp_path / "out.html"
+    assert main(["trace", *words, "--html", str(path)]) == status
+    return path.read_text()
+
+
+def test_page(capfd, tmp_path):
+    text = page_of(tmp_path, "hello")
+    data = json.loads(re.search(r'<script type="application/json" id="data">(.*?)</script>', text, re.S)[1])
+    assert len(data["events"]) == 23 and data["left_out"] == 0
+    assert data["events"][0]["w"] == "COM1 THR <- 0x48 'H'"
+    assert len(data["events"][0]["regs"]) == len(data["registers"])
+    for part in ("Timeline", "Hot places", "Hello from long mode.", "PML4[0]", "keyboard controller", "out dx, al"):
+        assert part in text
+    assert not re.search(r"""(src|href)\s*=|https?://|@import|url\(""", text)
+
+
+def test_page_of_a_crash_and_of_steps(capfd, tmp_path):
+    assert "ud2" in page_of(tmp_path, "triple_fault", status=70)
+    text = page_of(tmp_path, "hello", "--step", "--limit", "20")
+    assert "Instructions" in text and "=&gt;" not in text.split("<script")[0].split("Console")[0].split("Hot places")[0][-200:]
+
+
+def test_hostile_guests_write_no_page(capfd, tmp_path):
+    code = "".join(f"mov al, {ord(c)}; out 0xe9, al;" for c in HOSTILE)
+    (tmp_path / "x.bin").write_bytes(pykvm.asm(code + "hlt", bits=64, org=0x100000))
+    with Machine(str(tmp_path / "x.bin"), mode="long", memory="2M") as machine:
+        from pykvm.debug.trace_html import Report
+
+        tracer = Tracer(machine)
+        tracer.locator.symbols = pykvm.symbols.Symbols({HOSTILE: 0x100000})
+        report = Report(tracer)
+        tracer.sink = report.add
+        report.save(str(tmp_path / "x.html"), tracer.run(TIMEOUT))
+    text = (tmp_path / "x.html").read_text()
+    assert HOSTILE not in text and "<img" not in text
+    assert text.count("</script>") == 2
+
+
+def test_long_traces_make_bounded_pages(tmp_path, monkeypatch):
+    from pykvm.debug import trace_html
+
+    monkeypatch.setattr(trace_html, "FIRST", 20)
+    monkeypatch.setattr(trace_html, "LAST", 10)
+    with flat(OUTS.format(n=100)) as machine:
+        tracer = Tracer(machine)
+        report = trace_html.Report(tracer)
+        tracer.sink = report.add
+        data = report.data(tracer.run(TIMEOUT))
+    assert [e["n"] for e in data["events"]] == [*range(1, 21), *range(92, 102)]
+    assert (data["count"], data["left_out"]) == (101, 71)
+    assert sum(map(sum, data["density"]["lanes"].values())) == 101
+
+
+def test_a_page_that_cannot_be_written(capfd, tmp_path):
+    assert main(["trace", "hello", "--html", str(tmp_path / "no" / "x.html")]) == 74
+    assert "No such file" in capfd.readouterr().err
+
+
+def test_density_keeps_counts():
+    from pykvm.debug.trace_html import Density
+
+    density = Density()
+    for i in range(1000):
+        density.add(f"lane {i % 15}", i * 7919.0)
+    assert sum(map(sum, density.lanes.values())) == 1000
+    assert len(density.lanes) <= 11 and density.width * 400 > 999 * 7919
