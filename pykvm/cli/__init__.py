@@ -28,6 +28,7 @@ COMMANDS = {
     "run": "run a guest: a gallery name or an image file",
     "trace": "every exit as it happens, in words; or every instruction; or a page that shows it all",
     "walk": "where addresses of a guest lead, level by level",
+    "shell": "a Python prompt in front of a guest: step, break, look",
     "ledger": "tables of the exits that run --ledger has recorded",
     "guests": "the gallery: what each guest shows, its exits, its source",
     "doctor": "what this host's KVM is and can do, and where that was read",

@@ -48,6 +48,7 @@ COMMAND = Command(
         Option("--ledger-exits", "how many exits of each vCPU the ledger has room for", "N", 1 << 20, whole),
         Option("--trace-exits", "with --ledger, the CPU's own exit reasons too: takes root and tracefs, and slows exits down"),
         Option("--strict", "an access that no device claims is a crash"),
+        Option("--shell-on-crash", "a crash or the time limit leads to a Python prompt (pykvm shell)"),
         Option("--json", "one JSON object instead of text"),
         Option("--qemu-exit-status", "debug exit code n becomes status (n << 1) | 1, as with QEMU's isa-debug-exit"),
     ],
@@ -146,6 +147,10 @@ def main(argv: list[str]) -> int:
             print(json.dumps({**about, **result.as_dict()}, indent=2))
         else:
             _report(machine, result, status, o["timeout"])
+        if o["shell_on_crash"] and status in (70, 124):
+            from pykvm.debug.shell import interact
+
+            interact(machine, repr(machine))
         return status
 
 
