@@ -6,6 +6,7 @@ own for the length of a run. Whatever ends one ends all.
 
 from __future__ import annotations
 
+from _thread import RLock
 from time import monotonic, sleep
 
 from pykvm.abi import lib
@@ -89,6 +90,7 @@ class VcpuGroup:
         self.pin = pin
         self.ends: list[Stop | BaseException] = []  # of the last run: what each vCPU's ended with, the first to end first
         self._gate: Gate | None = None
+        self._stopping = RLock()  # a stop() reaches all vCPUs or none before the run that it ends is over
         self._watch = IdleWatch(runners) if watch_idle else None
         if self._watch is not None:
             for i, runner in enumerate(runners):
@@ -149,8 +151,9 @@ class VcpuGroup:
                     thread.join()
             raise
         finally:
-            for runner in self.runners:
-                runner.take_back_stop()
+            with self._stopping:
+                for runner in self.runners:
+                    runner.take_back_stop()
         errors = [end for end in ends if isinstance(end, BaseException)]
         if errors:
             raise errors[0]
@@ -161,8 +164,9 @@ class VcpuGroup:
 
     def stop(self, reason: str = "stopped", code: int | None = None) -> None:
         """End the run of all; from a device or any thread."""
-        for runner in self.runners:
-            runner.stop(reason, code)
+        with self._stopping:
+            for runner in self.runners:
+                runner.stop(reason, code)
 
     # --- pausing -----------------------------------------------------------------------------------------------------
 

@@ -180,6 +180,25 @@ def test_stop_ends_a_paused_run(loop):
         assert run.result.reason == "stopped"
 
 
+def test_a_stop_that_the_run_outruns_does_not_end_the_next_one():
+    """stop() goes from vCPU to vCPU; the run may end before it has come to the last."""
+    with smp(COUNT, AP_COUNT) as machine:
+        last = machine.runners[-1]
+        stop = last.stop
+
+        def late(*arguments):
+            if arguments:  # machine.stop(), not what ends the others
+                time.sleep(0.1 * TIME_SCALE)
+            stop(*arguments)
+
+        last.stop = late
+        for reason in ("first", "second"):
+            with Running(machine) as run:
+                both_move(machine)
+                machine.stop(reason)
+            assert run.result.reason == reason
+
+
 def test_a_device_cannot_pause_its_machine():
     class Pauses:
         def write(self, offset, size, value):
