@@ -37,7 +37,7 @@ COMMAND = Command(
         Option("--watch", "report what changes in guest physical memory between exits", "GPA:LEN", many=True),
         Option("--regs", "the general registers at each exit too"),
         Option("--limit", "stop after so many lines", "N", None, whole),
-        Option("--fast", "look at exits in batches: costs the guest less than 1 µs an exit, but registers are not those of the exit"),
+        Option("--fast", "look at exits in batches: a few µs an exit less, but registers are not those of the exit"),
         Option("--html", "write a page that shows it all to FILE", "FILE"),
         *MACHINE_OPTIONS,
         Option("--json", "one JSON object a line"),
