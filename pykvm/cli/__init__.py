@@ -34,6 +34,7 @@ COMMANDS = {
     "doctor": "what this host's KVM is and can do, and where that was read",
     "cpu": "CPU models: what this host can give of each, and what KVM makes of it",
     "bench": "measure exits beside a plain C loop",
+    "gdb": "run a guest under gdb: breakpoints, steps, memory, one thread a vCPU",
     "host": "run a command inside an emulated VT-x or AMD-V host",
 }
 _STATUS: list[tuple[type[PykvmError], int]] = [

@@ -74,7 +74,8 @@ class Control:
             self._check_registers(1)
         else:
             try:
-                self._planted.check(self.view(cpu), gva)
+                view = self.view(cpu)
+                self._planted.check(view, gva, view.cpl == 3)
             except ConfigError:
                 if not probe.breakpoints("hardware") or probe.cpl0_emulated():
                     raise
@@ -254,10 +255,10 @@ class Control:
             stop = machine.group.run(None if deadline is None else deadline - monotonic())
             ends = [end for end in (machine.group.ends if machine.cpus > 1 else [stop]) if isinstance(end, Stop)]
             found = []
-            for end in [stop, *(end for end in ends if end is not stop and end.reason != "stopped")]:
+            for end in [stop, *(end for end in ends if end is not stop)]:
                 cpu = machine.vcpus.index(end.vcpu or machine.vcpu)
                 stopped = self._of_stop(end, cpu)
-                if stopped is not None:
+                if stopped is not None and (end is stop or stopped.reason != "interrupted"):
                     found.append(stopped)
             return found
         finally:
@@ -290,9 +291,10 @@ class Control:
                 runner.bus = WatchedBus(machine.bus, runner, planted)
 
     def _disarm(self) -> None:
-        """Nothing of ours is left in the guest's memory or in the run loops."""
+        """Nothing of ours is left in the guest's memory, its debug registers or the run loops."""
         self._planted.remove()
         for runner in self.machine.runners:
+            runner.vcpu.set_guest_debug(0)
             runner.bus = self.machine.bus
             runner.take_back_stop()
 
@@ -347,15 +349,13 @@ class Control:
 
     def _of_stop(self, stop: Stop, cpu: int) -> Stopped | None:
         """What a Stop of the run loop means here; None for an INT3 of the guest's own, which it shall have."""
-        exit, reason = stop.exit, stop.reason
-        if reason == "breakpoint":
-            last = exits.decode(self._stepper.vcpu(cpu).native)
-            at = self._planted.out_by(self.view(cpu), last.port) if isinstance(last, exits.IoOut) else None
-            assert at is not None  # the same question as in WatchedBus
-            self._stepper.undo_out(cpu, at)
-        elif reason == "crash" and isinstance(exit, exits.Debug):
-            return self._of_debug(exit, cpu)
-        return self._stopped(reason, cpu, stop) if reason == "breakpoint" else self._stepper.of_stop(stop, cpu)
+        bus = self._stepper.runner(cpu).bus
+        if isinstance(bus, WatchedBus) and bus.hit is not None:
+            self._stepper.undo_out(cpu, bus.hit)
+            return self._stopped("breakpoint", cpu)
+        if stop.reason == "crash" and isinstance(stop.exit, exits.Debug):
+            return self._of_debug(stop.exit, cpu)
+        return self._stepper.of_stop(stop, cpu)
 
     def _of_debug(self, exit: exits.Debug, cpu: int) -> Stopped | None:
         view = self.view(cpu)
@@ -386,13 +386,11 @@ class Control:
         return True
 
     def detach(self) -> None:
-        """No breakpoints, no watchpoints, no debugging: Machine.run() runs as ever."""
+        """No breakpoints and no watchpoints any more."""
         self._check_idle()
         self.breakpoints.clear()
         self.watchpoints.clear()
         self._waiting.clear()
-        for vcpu in self.machine.vcpus:
-            vcpu.set_guest_debug(0)
 
     def _check_idle(self) -> None:
         if self._busy:

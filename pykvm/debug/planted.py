@@ -12,6 +12,7 @@ from pykvm.bus import Bus
 from pykvm.debug.view import CpuView
 from pykvm.errors import ConfigError, GuestMemoryError
 from pykvm.probe import breakpoints, out_leaves_rip_past
+from pykvm.units import PAGE_SIZE
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -58,8 +59,13 @@ class Planted:
     def insert(self, view: CpuView, gvas: Iterable[int]) -> list[int]:
         """Plant at those addresses that are mapped to memory for ``view``; returns the others."""
         left = []
+        pages: dict[int, int | None] = {}  # many handlers share a page: one walk is enough
         for gva in gvas:
-            gpa = view.walk(gva).gpa
+            page = gva & ~(PAGE_SIZE - 1)
+            if page not in pages:
+                pages[page] = view.walk(page).gpa
+            base = pages[page]
+            gpa = None if base is None else base + gva - page
             try:
                 if gpa is None:
                     left.append(gva)
@@ -71,13 +77,13 @@ class Planted:
                 left.append(gva)
         return left
 
-    def check(self, view: CpuView, gva: int) -> None:
-        """Raises ConfigError where a breakpoint cannot be planted: no memory, or CPL3 without ports where OUT is what there is."""
+    def check(self, view: CpuView, gva: int, user: bool) -> None:
+        """Raises ConfigError where none can be planted: no memory, or CPL3 (``user``) without ports where OUT is what there is."""
         found = view.walk(gva)
         if found.gpa is None or not self.memory.contains(found.gpa, 1):
             why = found.fault or f"gpa {found.gpa:#x} has no memory"
             raise ConfigError(f"no breakpoint can be planted at {gva:#x}: {why}")
-        if self.byte == OUT and view.cpl == 3 and found.user and not has_all_ports(view):
+        if self.byte == OUT and user and found.user and not has_all_ports(view):
             raise ConfigError(
                 f"no breakpoint at {gva:#x}: on this host one at CPL3 is an OUT, and this guest does not let CPL3 use every port"
             )
@@ -95,24 +101,31 @@ class Planted:
 
     def out_by(self, view: CpuView, port: int) -> int | None:
         """The planted address that this OUT to ``port`` came from, a linear address; None: it is the guest's own."""
+        if self.byte != OUT:
+            return None
         past = port == _PAST_EVERYWHERE or out_leaves_rip_past(probed_mode(view))
         at = view.rip - 1 if past else view.rip
-        return at if self.byte == OUT and self.is_at(view, at) else None
+        return at if self.is_at(view, at) else None
 
 
 class WatchedBus(Bus):
-    """What a runner has for its bus while OUTs are planted: every port access comes here and is looked at before a device sees it."""
+    """What a runner has for its bus while OUTs are planted: every port access comes here and is looked at before a device sees it.
+
+    ``hit``: where a planted one was met. Another vCPU may have had the run stopped for a reason of its own at that moment.
+    """
 
     def __init__(self, real: Bus, runner: Runner, planted: Planted) -> None:
         super().__init__()
         self.real, self.runner, self.planted = real, runner, planted
+        self.hit: int | None = None
         self.mmio = real.mmio  # as it was; of ports none is claimed, so that the run loop asks here
 
     def out(self, port: int, size: int, data: bytes, count: int = 1) -> None:
         """A planted OUT ends the run; all others reach their device."""
         if size != 1 and count == 1:
             view = CpuView(self.runner.vcpu, self.planted.memory)
-            if self.planted.out_by(view, port) is not None:
+            self.hit = self.planted.out_by(view, port)
+            if self.hit is not None:
                 self.runner.stop("breakpoint")
                 return
         self.real.out(port, size, data, count)

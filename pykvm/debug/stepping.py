@@ -9,7 +9,7 @@ from __future__ import annotations
 from time import monotonic
 
 from pykvm import exits, probe
-from pykvm.abi import lib, new
+from pykvm.abi import lib
 from pykvm.debug.planted import OUT, Planted, probed_mode
 from pykvm.debug.successors import check_apart, count_down, handlers, leaves_step, successor
 from pykvm.debug.trapflag import hide_trap_flag
@@ -78,6 +78,8 @@ class Stepper:
     def __init__(self, machine: Machine, planted: Planted) -> None:
         self.machine, self.planted = machine, planted
         self.asked = False
+        can = machine.system.check_extension("KVM_CAP_SET_GUEST_DEBUG2")
+        self._block_irqs = lib.KVM_GUESTDBG_BLOCKIRQ if can & lib.KVM_GUESTDBG_BLOCKIRQ else 0
         self._known_idt: object = None
         self._known_handlers: set[int] = set()
 
@@ -131,6 +133,7 @@ class Stepper:
             stopped = self._one(cpu, deadline, vcpu)
         finally:
             self.planted.remove()
+            vcpu.set_guest_debug(0)
         if can_step:
             hide_trap_flag(view, code, vcpu, stopped.rip in targets or (code[:1] == b"\xcd" and stopped.reason == "step"))
         if code[:1] == b"\xf4" and stopped.reason == "step" and self._halts(view, stopped):
@@ -168,7 +171,7 @@ class Stepper:
         if following.address is not None:
             check_apart(following, view.rip, following.address)
             if view.walk(following.address).gpa is not None:
-                self.planted.check(view, following.address)
+                self.planted.check(view, following.address, following.user)
                 self.planted.insert(view, [following.address])
 
     def _one(self, cpu: int, deadline: float | None, vcpu: VCPU) -> Stopped:
@@ -226,10 +229,5 @@ class Stepper:
             runner.serve()  # an access that KVM has cut in two
 
     def _guest_debug(self, vcpu: VCPU, flags: int) -> None:
-        debug = new("struct kvm_guest_debug")
-        if flags:
-            debug.control = lib.KVM_GUESTDBG_ENABLE | flags | (lib.KVM_GUESTDBG_BLOCKIRQ if self._can_block_irqs() else 0)
-        vcpu.set_guest_debug(debug)
-
-    def _can_block_irqs(self) -> bool:
-        return bool(self.machine.system.check_extension("KVM_CAP_SET_GUEST_DEBUG2") & lib.KVM_GUESTDBG_BLOCKIRQ)
+        """Interrupts wait while a step is under way, where KVM can have them wait."""
+        vcpu.set_guest_debug(lib.KVM_GUESTDBG_ENABLE | flags | self._block_irqs)

@@ -8,6 +8,7 @@ SYSCALL), vol. 3 sections 6.14 (64-bit gates), 20.1.4 (the real-mode interrupt v
 from __future__ import annotations
 
 from pykvm.errors import ConfigError, KvmError
+from pykvm.probe import cpl0_emulated
 from pykvm.x86.msr import msr_number
 from pykvm.x86.regs import EFER, RFLAGS
 
@@ -25,13 +26,13 @@ _LONGEST = 15
 
 class Next:
     """``address``: where the vCPU goes if the instruction raises nothing, a linear address; None when that cannot be told, since it will
-    raise. ``size``: the instruction's bytes. ``reads``: linear ranges that its operands name. ``counts``: it is a branch to itself by LOOP,
-    which does nothing but count RCX down."""
+    raise. ``user``: it will be at CPL3 there. ``size``: the instruction's bytes. ``reads``: linear ranges that its operands name.
+    ``counts``: it is a branch to itself by LOOP, which does nothing but count RCX down."""
 
-    __slots__ = ("address", "counts", "reads", "size")
+    __slots__ = ("address", "counts", "reads", "size", "user")
 
-    def __init__(self, address: int | None, size: int, reads: list[tuple[int, int]], counts: bool = False) -> None:
-        self.address, self.size, self.reads, self.counts = address, size, reads, counts
+    def __init__(self, address: int | None, size: int, reads: list[tuple[int, int]], user: bool, counts: bool = False) -> None:
+        self.address, self.size, self.reads, self.user, self.counts = address, size, reads, user, counts
 
 
 def successor(view: CpuView, vcpu: VCPU) -> Next:
@@ -79,11 +80,16 @@ def code_base(view: CpuView, selector: int) -> int:
 
 
 def leaves_step(code: bytes) -> bool:
-    """Whether ``code`` is INT n, SYSCALL, SYSRET or IRET: a single step need not end where they lead.
+    """Whether a single step of ``code`` need not end where it leads: INT n and SYSCALL clear RFLAGS.TF, and KVM's emulator does not stop
+    after IRET and SYSRET."""
+    return code.startswith((b"\xcd", b"\x0f\x05")) or (
+        cpl0_emulated() and code.startswith((b"\xcf", b"\x48\xcf", b"\x66\xcf", b"\x0f\x07", b"\x48\x0f\x07"))
+    )
 
-    They may change RFLAGS.TF, and KVM's emulator does not always stop after IRETQ.
-    """
-    return code.startswith((b"\xcd", b"\xcf", b"\x48\xcf", b"\x66\xcf", b"\x0f\x05", b"\x0f\x07", b"\x48\x0f\x07"))
+
+def to_user(view: CpuView, selector: int) -> bool:
+    """Whether a far return to this selector is one to CPL3."""
+    return view.mode != "real" and selector & 3 == 3
 
 
 def count_down(view: CpuView) -> int:
@@ -103,6 +109,7 @@ class _Decoder:
         self.view, self.vcpu, self.x86 = view, vcpu, capstone.x86
         self.bits = view.bits
         self.flags = view.regs.rflags
+        self.user = view.cpl == 3
         self.base = 0 if self.bits == 64 else view.sregs.cs.base
         self.mask = (1 << self.bits) - 1
         engine = capstone.Cs(capstone.CS_ARCH_X86, {16: capstone.CS_MODE_16, 32: capstone.CS_MODE_32, 64: capstone.CS_MODE_64}[self.bits])
@@ -118,7 +125,7 @@ class _Decoder:
         """See successor()."""
         insn = self.insn
         if insn is None:
-            return Next(None, 1, [])  # no instruction, or no memory: #UD or #PF
+            return Next(None, 1, [], self.user)  # no instruction, or no memory: #UD or #PF
         reads = [
             (at, op.size)
             for op in insn.operands
@@ -127,7 +134,7 @@ class _Decoder:
         is_branch = insn.mnemonic.startswith("sys") or any(insn.group(group) for group in self.branches)
         offset = self._branch() if is_branch else self._behind()
         loops = insn.mnemonic.startswith("loop")
-        return Next(offset, insn.size, reads, loops and offset == self.view.rip)
+        return Next(offset, insn.size, reads, self.user, loops and offset == self.view.rip)
 
     def _linear(self, offset: int) -> int:
         return self.base + (offset & self.mask) & ((1 << 64) - 1 if self.bits == 64 else 0xFFFFFFFF)
@@ -163,18 +170,24 @@ class _Decoder:
             case 0xCA | 0xCB | 0xCF:
                 size = self._far_size()
                 offset, selector = self._read(self._stack(), size), self._read(self._stack() + size, 2)
-                return None if offset is None or selector is None else self._far(selector, offset)
+                if offset is None or selector is None:
+                    return None
+                self.user = to_user(self.view, selector)
+                return self._far(selector, offset)
             case 0xCC:
                 return gate(self.view, 3)
             case 0xF1:
                 return gate(self.view, 1)
             case 0xCD:
+                self.user = False
                 return gate(self.view, insn.operands[0].imm & 0xFF)
             case 0xCE:
                 return gate(self.view, 4) if self.flags & RFLAGS.OF else self._behind()
         if op == 0x0F and second == 0x05:
+            self.user = self.user and cpl0_emulated()  # where it stays at CPL3
             return self._msr("IA32_LSTAR" if self.bits == 64 else "IA32_CSTAR")
         if op == 0x0F and second == 0x07:
+            self.user = True
             return int(regs.rcx if insn.rex & 8 else regs.rcx & 0xFFFFFFFF)
         if op == 0x0F and second == 0x34:
             return self._msr("IA32_SYSENTER_EIP")
