@@ -126,7 +126,7 @@ class VM:
         ioctl(self.fd, "KVM_SET_IDENTITY_MAP_ADDR", ffi.new("uint64_t *", gpa))
 
     def page_tables(self, cr3: int | None = None, vcpu: VCPU | None = None) -> PageTables:
-        """What page tables map, as ranges: those at ``cr3``, by default the vCPU's own; the kind of paging is that of ``vcpu`` (the first)."""
+        """What the page tables at ``cr3`` (by default the vCPU's own) map, as ranges. ``vcpu``, by default the first, says which paging."""
         from pykvm.debug.pagetables import page_tables
         from pykvm.debug.translate import SlotMemory
 
