@@ -19,13 +19,14 @@ if TYPE_CHECKING:
 
 COMMAND = Command(
     "bench",
-    "exits|irq|loop|start|mmu|compare A B",
+    "exits|irq|loop|start|mmu|compare A B|plot A FILE",
     "exits: what each kind of exit costs, through plain C, the native loop and the Python loop, and by the guest's own clock.\n"
     "irq: from the host's KVM_IRQ_LINE to the guest's handler and back, beside the same ioctls in C.\n"
     "loop: what one vCPU does in a second, and how many times as much several do, each on a host CPU of its own.\n"
     "start: from nothing to a guest's first exit and gone again, beside C; many VMs at once, and what memory each takes.\n"
     "mmu: page walks, page tables and EPT; pykvm bench mmu --help tells more.\n"
     "compare: judges two files of bench exits --json; status 1 when the second is slower anywhere.\n"
+    "plot: draws a file of bench exits --json, from a host without matplotlib for example; FILE ends with .svg, .png or .pdf.\n"
     "Medians with 95 % intervals; differences are taken within a round, so a noisy machine widens intervals, not results.\n"
     "Ctrl-C ends it with status 130, after printing what was measured until then.",
     [
@@ -43,6 +44,7 @@ COMMAND = Command(
         "pykvm bench exits --kind PIO --rounds 200",
         "pykvm bench exits --json > a.json; pykvm bench compare a.json b.json",
         "pykvm bench exits --plot exits.svg",
+        "pykvm host run --cpu intel --get a.json -- sh -c 'pykvm bench exits --json > a.json'; pykvm bench plot a.json intel.svg",
         "pykvm bench loop --cpus 2",
     ],
 )
@@ -55,11 +57,13 @@ def main(argv: list[str]) -> int:
 
         return bench_mmu.main(argv[1:])
     (what, *files), o = COMMAND.parse(argv, 1, 3)
-    if what not in ("exits", "irq", "loop", "start", "compare"):
-        raise ConfigError(f"no benchmark is called {what!r}: use exits, irq, loop, start or mmu, or compare A B")
+    if what not in ("exits", "irq", "loop", "start", "compare", "plot"):
+        raise ConfigError(f"no benchmark is called {what!r}: use exits, irq, loop, start or mmu, or compare A B, or plot A FILE")
     if what == "compare" and len(files) != 2:
         raise ConfigError("compare takes two files: pykvm bench compare A.json B.json")
-    if what != "compare" and files:
+    if what == "plot" and len(files) != 2:
+        raise ConfigError("plot takes two files: pykvm bench plot A.json PICTURE.svg")
+    if what not in ("compare", "plot") and files:
         raise ConfigError(f"{files[0]!r} is one word too many: pykvm bench {what}")
     match what:
         case "exits":
@@ -70,7 +74,18 @@ def main(argv: list[str]) -> int:
             return _loop(o["cpus"], o["rounds"] or 40, o["json"])
         case "start":
             return _start(o["rounds"] or 40, o["vms"], o["json"])
+        case "plot":
+            return _plot(*files)
     return _compare(files[0], files[1], o["least"] / 100, o["json"])
+
+
+def _plot(results: str, picture: str) -> int:
+    from pykvm.bench.compare import read_results
+    from pykvm.bench.plot import check, draw
+
+    check(picture)
+    draw(read_results(results), picture)
+    return 0
 
 
 # --- progress, and the end --------------------------------------------------------------------------------------------

@@ -101,6 +101,7 @@ def test_nothing_in_common():
     [
         (["compare", "a.json"], "compare takes two files"),
         (["exits", "a.json"], "one word too many"),
+        (["plot", "a.json"], "plot takes two files"),
         (["nonsense"], "no benchmark is called"),
         (["exits", "--kind", "PIO sideways"], "unknown kind 'pio sideways'"),
         (["exits", "--plot", "x.gif"], "has to end with .svg, .png, .pdf"),
@@ -132,6 +133,13 @@ def test_drawing(tmp_path, ending):
     assert (tmp_path / f"x.{ending}").stat().st_size > 1000
     with pytest.raises(ConfigError, match="nothing was measured"):
         plot.draw(results(rows=[]), str(tmp_path / f"x.{ending}"))
+
+
+def test_a_file_is_drawn(tmp_path):
+    pytest.importorskip("matplotlib", reason="plots need matplotlib, which is not installed")
+    (tmp_path / "a.json").write_text(json.dumps(results()))
+    assert bench.main(["plot", str(tmp_path / "a.json"), str(tmp_path / "a.svg")]) == 0
+    assert "<svg" in (tmp_path / "a.svg").read_text()
 
 
 def test_kinds_have_names_of_their_own():
