@@ -123,9 +123,11 @@ class Stepper:
         following = None
         if not can_step or leaves_step(code) or any(view.rip <= at < view.rip + 15 for at in targets):
             following = successor(view, vcpu)
-            if following.address == view.rip:
+            if not can_step and following.address == view.rip:
                 self._count_down(view, vcpu, following)
                 return self.stopped("step", cpu)
+            if can_step and not leaves_step(code):
+                following.address = None  # only its size was asked for
         flags = lib.KVM_GUESTDBG_SINGLESTEP if can_step else 0
         try:
             self._plant_around(view, targets, following)

@@ -11,8 +11,6 @@ import time
 from threading import Thread
 
 import pytest
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 
 import pykvm
 from pykvm import Machine
@@ -124,25 +122,6 @@ def test_a_crash_is_told_and_ends_it():
         assert "triple fault" in client.said()
         assert client("c") == b"X0b"
         assert client.session.over == "ended"
-
-
-@pytest.mark.slow
-@settings(max_examples=200, deadline=None, suppress_health_check=list(HealthCheck))
-@given(
-    st.binary(max_size=60)
-    | st.sampled_from([b"Z0", b"z2", b"m", b"M", b"X", b"p", b"P", b"G", b"H", b"T", b"qXfer", b"vFile:pread", b"vCont;s"])
-)
-def test_any_packet_is_answered(packet):
-    """But for those that let the guest run on, which it would, forever."""
-    global fuzzed
-    try:
-        client = fuzzed
-    except NameError:
-        client = fuzzed = Client(Machine("spin"))
-    if packet[:1] in (b"c", b"C", b"s", b"S") or packet.startswith(b"vCont;"):
-        return
-    for tail in (b"", b",", b":", b"0,ffffffffffffffffff:", b"1,1,1", b"%s=%s" % (packet, packet)):
-        assert isinstance(client(packet + tail), bytes)
 
 
 # --- over a socket ----------------------------------------------------------------------------------------------------
@@ -260,7 +239,7 @@ needs_gdb = pytest.mark.skipif(GDB is None, reason="gdb is not installed (apt-ge
 def gdb(tmp_path):
     """run(image, *commands) -> (what gdb printed, what pykvm printed, its exit status)."""
 
-    def run(image, *commands, options=(), signal_after=None):
+    def run(image, *commands, options=(), ctrl_c_after=""):
         path = tmp_path / "gdb"
         server = subprocess.Popen(
             [sys.executable, "-m", "pykvm", "gdb", image, "--wait", "--listen", f"unix:{path}", *options],
@@ -272,10 +251,13 @@ def gdb(tmp_path):
             assert server.stderr.readline().startswith("pykvm: gdb -ex")
             arguments = [arg for command in ("set pagination off", f"target remote {path}", *commands) for arg in ("-ex", command)]
             client = subprocess.Popen([GDB, "-nx", "-batch", *arguments], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-            if signal_after is not None:
-                time.sleep(signal_after)
+            before = ""
+            if ctrl_c_after:  # what it prints before it lets the guest go on
+                while ctrl_c_after not in before:
+                    before += client.stdout.readline()
+                time.sleep(1)
                 client.send_signal(signal.SIGINT)
-            printed, _ = client.communicate(timeout=TIMEOUT * 3)
+            printed = before + client.communicate(timeout=TIMEOUT * 3)[0]
             out, err = server.communicate(timeout=TIMEOUT)
             return printed, out + err, server.returncode
         finally:
@@ -333,7 +315,7 @@ def test_gdb_two_vcpus(gdb):
 
 @needs_gdb
 def test_gdb_ctrl_c_detach_and_exit_status(gdb, tmp_path):
-    printed, _, status = gdb("spin", "continue", "print/x $pc", "kill", signal_after=3)
+    printed, _, status = gdb("spin", "echo now\\n", "continue", "print/x $pc", "kill", ctrl_c_after="now")
     assert "received signal SIGINT" in printed
     assert status == 0
     printed, out, status = gdb("ipi", "break on_ping", "continue", "delete", "detach")
