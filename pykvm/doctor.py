@@ -44,6 +44,8 @@ CAPABILITIES = {
     "KVM_CAP_XCRS": "AVX in user mode (XCR0)",
     "KVM_CAP_DEBUGREGS": "debug registers",
     "KVM_CAP_SET_GUEST_DEBUG": "single step and breakpoints",
+    "KVM_CAP_XSAVE": "x87, SSE and AVX registers as one area",
+    "KVM_CAP_SET_GUEST_DEBUG2": "interrupts that wait while a step is under way",
     "KVM_CAP_GET_TSC_KHZ": "times in --stats",
     "KVM_CAP_ADJUST_CLOCK": "kvmclock stands still while a machine is paused",
     "KVM_CAP_IRQCHIP": "--irqchip kernel: PIC, IOAPIC and LAPICs",
