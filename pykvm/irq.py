@@ -39,8 +39,9 @@ class IrqLine:
 
     def pulse(self) -> None:
         """An edge: high, then low."""
-        self.set(1)
-        self.set(0)
+        self._drive(1)
+        self._drive(0)
+        self.level = 0
 
     def __repr__(self) -> str:
         return f"<IrqLine GSI {self.gsi} {'high' if self.level else 'low'}>"

@@ -156,8 +156,9 @@ class VM:
 
     def irq_line(self, gsi: int, level: int) -> None:
         """KVM_IRQ_LINE (api.rst 4.25): drive ``gsi`` high (1) or low (0). A level stays until it is changed; an edge needs both."""
-        request = ffi.new("struct kvm_irq_level *", (gsi, level))
-        ioctl(self.fd, "KVM_IRQ_LINE", request, f"GSI {gsi}: is there an irqchip?")
+        error = lib.pykvm_ioctl(self.handle.fd, lib.KVM_IRQ_LINE, ffi.new("struct kvm_irq_level *", (gsi, level)))
+        if error < 0:
+            raise KvmError("KVM_IRQ_LINE", -error, f"GSI {gsi}: is there an irqchip?")
 
     def set_gsi_routing(self, routes: Iterable[Route]) -> None:
         """KVM_SET_GSI_ROUTING (api.rst 4.52): where each GSI leads; replaces all routes (irq.default_routes() are KVM's own)."""
