@@ -47,13 +47,13 @@ COMMAND = Command(
 def main(argv: list[str]) -> int:
     """Serve it; returns the exit status."""
     (image,), o = COMMAND.parse(argv, 1, 1)
-    from pykvm.cli.run import _check_needs, _Output
+    from pykvm.cli.run import Output, check_needs
     from pykvm.debug.control import Control
     from pykvm.debug.gdb.listen import Listener
     from pykvm.debug.gdb.server import Server
     from pykvm.machine import Machine
 
-    output = _Output()
+    output = Output()
     machine = Machine(
         image,
         memory=o["memory"],
@@ -64,7 +64,7 @@ def main(argv: list[str]) -> int:
         on_output=output.write,
     )
     with machine, Listener(o["listen"], remote=o["remote"]) as listener:
-        _check_needs(machine)
+        check_needs(machine)
         machine.on_heartbeat = output.flush
         control = Control(machine)
         say(f"pykvm: gdb -ex 'target remote {listener.name}'")

@@ -60,7 +60,7 @@ COMMAND = Command(
 )
 
 
-class _Output:
+class Output:
     """Console output to stdout: written at line ends, and at least ten times a second.
 
     Through Python's own buffer: Ctrl-C between a write and the note that it was made would print the same twice.
@@ -76,10 +76,10 @@ class _Output:
             self.flush()
 
 
-class _Input:
+class Input:
     """stdin, asked without waiting; its end becomes Ctrl-D (0x04) once, as a terminal would send it."""
 
-    def __init__(self, before: _Output) -> None:
+    def __init__(self, before: Output) -> None:
         self.before = before
         self.ended = False
 
@@ -101,7 +101,7 @@ def main(argv: list[str]) -> int:
     """Run it; returns the exit status."""
     (image,), o = COMMAND.parse(argv, 1, 1)
     _check_ledger(o["ledger"], o["trace_exits"])
-    output = _Output()
+    output = Output()
     machine = Machine(
         image,
         memory=o["memory"],
@@ -118,10 +118,10 @@ def main(argv: list[str]) -> int:
         ledger=o["ledger_exits"] if o["ledger"] else False,
         strict=o["strict"],
         on_output=None if o["json"] else output.write,
-        poll_input=_Input(output).poll,
+        poll_input=Input(output).poll,
     )
     with machine:
-        _check_needs(machine)
+        check_needs(machine)
         machine.on_heartbeat = output.flush
         crash = None
         interrupted = False
@@ -170,7 +170,7 @@ def _traced(machine: Machine, timeout: float) -> Result:
         return machine.run(timeout)
 
 
-def _check_needs(machine: Machine) -> None:
+def check_needs(machine: Machine) -> None:
     """What the image's note says that it needs must be there: a guest that cannot run says so, rather than crash."""
     if machine.info.note.get("needs"):
         from pykvm.needs import unmet

@@ -55,9 +55,9 @@ def open_machine(image: str, o: dict[str, Any], **more: Any) -> Machine:
     """A machine as the options say; the guest's input is stdin. Raises GuestNeedsError where the host lacks what it needs."""
     names = ("memory", "backing", "mode", "entry", "append", "cpus", "irqchip", "cpu", "pin", "loop", "strict")
     options = {name: o[name] for name in names}
-    machine = Machine(image, **{"poll_input": run._Input(run._Output()).poll, **options, **more})
+    machine = Machine(image, **{"poll_input": run.Input(run.Output()).poll, **options, **more})
     try:
-        run._check_needs(machine)
+        run.check_needs(machine)
     except BaseException:
         machine.close()
         raise
