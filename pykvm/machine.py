@@ -11,21 +11,20 @@ import os
 from _thread import RLock
 
 from pykvm.bus import Bus, Native
+from pykvm.config import BlamesImage, Config
 from pykvm.console import Console
 from pykvm.devices.exceptionreport import ExceptionReport
 from pykvm.devices.rom import Rom
-from pykvm.errors import ConfigError, GuestCrash, GuestImageError
-from pykvm.loaders import load, peek
-from pykvm.loaders.source import read_image
+from pykvm.errors import ConfigError, GuestCrash
 from pykvm.memory import GuestMemory
 from pykvm.pc import Pc
-from pykvm.platform import CMDLINE_GPA, EXCEPTION_REPORT, HYPERCALL_GPA, HYPERCALL_PORT, IOAPIC_GPA
+from pykvm.platform import EXCEPTION_REPORT, HYPERCALL_GPA, HYPERCALL_PORT, IOAPIC_GPA
 from pykvm.result import Result
 from pykvm.runner import WATCHFUL, Runner, Stop
 from pykvm.smp import VcpuGroup
+from pykvm.start import ImageOrigin
 from pykvm.system import System
 from pykvm.units import PAGE_SIZE, parse_address, parse_size
-from pykvm.x86.modes import mode_named
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -38,19 +37,17 @@ if TYPE_CHECKING:
     from pykvm.devices.ioapic import Ioapic
     from pykvm.irq import EventFd, IrqLine
     from pykvm.ledger import Ledger
+    from pykvm.loaders.image import BootState
     from pykvm.memory import MemSlot
     from pykvm.msrs import MsrHandlers
     from pykvm.records import RecordRing, StatRow, Stats
     from pykvm.services import Services
+    from pykvm.start import Origin
     from pykvm.symbols import Symbols
     from pykvm.vcpu import VCPU
     from pykvm.x86.cpumodel import CpuModel
 
 __all__ = ["Machine", "Result"]
-
-DEFAULT_MEMORY = "16M"
-IRQCHIPS = ("none", "kernel", "split")
-MAX_CPUS = 254  # 8-bit APIC ids, less the broadcast and the IOAPIC's
 
 
 class Machine:
@@ -94,6 +91,37 @@ class Machine:
         poll_input: Callable[[], bytes] | None = None,
         system: System | None = None,
     ) -> None:
+        config = Config.of_image(
+            image, mode, memory=memory, backing=backing, entry=entry, append=append, cpus=cpus, irqchip=irqchip, cpu=cpu, strict=strict
+        )
+        self._make(
+            config,
+            ImageOrigin(config),
+            pin=pin,
+            loop=loop,
+            stats=stats,
+            ledger=ledger,
+            on_output=on_output,
+            poll_input=poll_input,
+            system=system,
+        )
+
+    # --- wiring ------------------------------------------------------------------------------------------------------
+
+    def _make(
+        self,
+        config: Config,
+        origin: Origin,
+        *,
+        pin: bool = False,
+        loop: str = "native",
+        stats: bool = False,
+        ledger: int | bool = False,
+        on_output: Callable[[bytes], object] | None = None,
+        poll_input: Callable[[], bytes] | None = None,
+        system: System | None = None,
+    ) -> None:
+        """All of a machine, in the order in which KVM wants it; ``origin`` brings its first state (start.py)."""
         self._closed = False
         self._stats: Stats | None = None
         self._ledger: Ledger | None = None
@@ -104,49 +132,33 @@ class Machine:
         self.msrs: MsrHandlers | None = None
         self.ioapic: Ioapic | None = None
         self.cpu_model: CpuModel | None = None
-        self.data, path = read_image(image)
-        self.info = peek(self.data, path, mode)
-        note = self.info.note
-        self.strict = strict
-        with self._blames_image(memory is None):
-            size = parse_size(memory if memory is not None else note.get("memory", DEFAULT_MEMORY))
-            _check_memory_size(size)
-        start_mode = mode_named(self.info.mode)
-        with self._blames_image(cpus is None and irqchip is None):
-            self.cpus = _check_cpus(note.get("cpus", "1") if cpus is None else cpus)
-            chip = irqchip or note.get("irqchip") or ("none" if self.cpus == 1 else "kernel")
-            _check_irqchip(chip, self.cpus)
+        self.config, self.info, self.cpus, self.strict = config, config.info, config.cpus, config.strict
+        self.boot: BootState
         self._own_system = system is None
         self.system = System() if system is None else system
         self.memory = GuestMemory()
         try:
-            with self._blames_image(memory is None):
-                self.memory = GuestMemory.of_size(size, backing)
+            self.memory = origin.make_memory()
             self.vm = self.system.create_vm()
-            self._add_irqchip(chip)
+            self._add_irqchip(config.irqchip)
             self.vm.add_memory(self.memory)
-            self.boot = load(self.info, self.data, self.memory, entry)
-            self._write_command_line(append)
-            with self._blames_image(cpu is None):
-                self._add_vcpus(cpu or note.get("cpu"))
-            with self._blames_image(entry is None and mode == "auto"):
-                start_mode.apply(self.vcpu, self.memory, self.boot.entry, self.boot.registers)
+            self._add_vcpus(origin)
             self.console = Console(on_output=on_output)
             self.bus = Bus()
             self._add_platform(poll_input)
             self._add_rom()
             self._add_runners(loop, stats, ledger, pin)
-            if note.get("hypercalls") == "yes":
+            if self.info.note.get("hypercalls") == "yes":
                 self._add_services()
+            origin.fill(self)
         except BaseException:
             self.close()
             raise
 
-    # --- wiring ------------------------------------------------------------------------------------------------------
-
-    def _blames_image(self, asked: bool) -> _BlamesImage:
-        """Turns a ConfigError into a GuestImageError where it was the image that ``asked`` for what cannot be."""
-        return _BlamesImage(self.info.path if asked else None)
+    @property
+    def data(self) -> bytes:
+        """The image's bytes."""
+        return self.config.data
 
     def _add_irqchip(self, chip: str) -> None:
         if chip == "kernel":
@@ -161,20 +173,12 @@ class Machine:
                 self.vm.signal_msi, lambda entries: self.vm.set_gsi_routing(Route.to_msi(pin, *message) for pin, message in entries.items())
             )
 
-    def _add_vcpus(self, cpu: str | None) -> None:
+    def _add_vcpus(self, origin: Origin) -> None:
         for id in range(self.cpus):
             self.vm.create_vcpu(id)
         self.vcpus: list[VCPU] = self.vm.vcpus
         self.vcpu = self.vcpus[0]
-        lapic = self.vm.irqchip != "none"
-        if cpu is None and not lapic:  # the way of most guests costs no thought
-            self.vcpu.set_cpuid2(self.system.get_supported_cpuid().as_guest())
-            return
-        from pykvm.x86.cpumodel import CpuModel
-
-        self.cpu_model = CpuModel.parse(cpu or "host", self.system)
-        for vcpu in self.vcpus:
-            vcpu.set_cpuid2(self.cpu_model.cpuid(self.system, vcpu.id, self.cpus, lapic=lapic))
+        origin.set_cpuid(self)
         if self.cpus > 1:
             # KVM's map of APIC ids lacks the newest vCPU until some LAPIC changes: INIT and SIPI to it would be lost.
             self.vcpus[-1].set_lapic(self.vcpus[-1].get_lapic())
@@ -223,17 +227,6 @@ class Machine:
         self.bus.mmio.add(HYPERCALL_GPA, LENGTH, port)
         self.on_hypercall(self._services.vmcall)
 
-    def _write_command_line(self, text: str) -> None:
-        if not text:
-            return
-        line = text.encode(errors="surrogateescape") + b"\0"  # as sys.argv has what is not UTF-8
-        if len(line) > PAGE_SIZE:
-            raise ConfigError(f"the command line has {len(line)} bytes; there is room for {PAGE_SIZE}")
-        for s in self.info.segments:
-            if s.gpa < CMDLINE_GPA + PAGE_SIZE and s.gpa + s.memsz > CMDLINE_GPA:
-                raise ConfigError(f"the image covers gpa {CMDLINE_GPA:#x}, where the command line goes: run it without --append")
-        self.memory.write(CMDLINE_GPA, line)
-
     def _add_platform(self, poll_input: Callable[[], bytes] | None) -> None:
         irq = self.irq if self.vm.irqchip != "none" else None
         self.pc = Pc(self.bus, self.memory, self.console, self.stop, irq, poll_input)
@@ -250,7 +243,7 @@ class Machine:
         wanted = self.info.note.get("rom")
         if wanted:
             gpa, _, size = wanted.partition(":")
-            with self._blames_image(True):
+            with BlamesImage(self.info.path):
                 slot = self.add_memory(parse_address(gpa), parse_size(size), readonly=True)
                 self.bus.mmio.add(slot.gpa, slot.size, Rom(), native=Native.IGNORE)
 
@@ -539,39 +532,3 @@ class Machine:
         state = "closed" if self._closed else repr(self.vcpu)
         name = os.path.basename(self.info.path).removesuffix(".elf")
         return f"<Machine {name}: {self.info.mode} mode, {self.memory!r}, {state}>"
-
-
-class _BlamesImage:
-    """See Machine._blames_image(). (contextlib would be one more import for each start.)"""
-
-    def __init__(self, path: str | None) -> None:
-        self._path = path
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, tb: TracebackType | None) -> None:
-        if self._path is not None and isinstance(value, ConfigError) and not isinstance(value, GuestImageError):
-            raise GuestImageError(self._path, None, f"it cannot have what it asks for: {value}") from None
-
-
-def _check_cpus(cpus: int | str) -> int:
-    if isinstance(cpus, str) and not (cpus.isascii() and cpus.isdigit()):
-        raise ConfigError(f"{cpus!r} vCPUs: give a number from 1 to {MAX_CPUS}")
-    if not 1 <= int(cpus) <= MAX_CPUS:
-        raise ConfigError(f"{cpus} vCPUs: a machine has 1 to {MAX_CPUS}")
-    return int(cpus)
-
-
-def _check_irqchip(chip: str, cpus: int) -> None:
-    if chip not in IRQCHIPS:
-        raise ConfigError(f"unknown irqchip {chip!r}: use one of {', '.join(IRQCHIPS)}")
-    if chip == "none" and cpus > 1:
-        raise ConfigError(f"{cpus} vCPUs need LAPICs to start each other: use irqchip kernel or split")
-
-
-def _check_memory_size(size: int) -> None:
-    if size <= 0:
-        raise ConfigError("a guest needs memory: give --memory at least 64K, such as 16M")
-    if size % PAGE_SIZE:
-        raise ConfigError(f"memory size {size} is not a multiple of the page size ({PAGE_SIZE}): try {-(-size // PAGE_SIZE) * PAGE_SIZE}")

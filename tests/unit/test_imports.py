@@ -13,7 +13,7 @@ LEVELS = {
     1: ["abi", "assemble", "console", "gallery"],
     2: ["system", "vm", "vcpu", "memory", "exits", "exit_reason", "bus", "disasm", "symbols", "records", "kvmstats", "cpuid", "irq"],
     3: ["x86", "devices", "loaders"],
-    4: ["machine", "pc", "result", "runner", "smp", "turns", "msrs", "services", "needs", "probe"],
+    4: ["machine", "config", "start", "pc", "result", "runner", "smp", "turns", "msrs", "services", "needs", "probe"],
     5: ["debug", "bench", "hosts", "doctor", "ledger", "ledgerfile", "tracefs"],
     6: ["cli", "__main__"],
 }

@@ -1,0 +1,83 @@
+"""How a new machine gets its first state from an image: RAM, the image in it, a command line, CPUID, the registers of the start mode.
+
+A Machine asks its *origin* for these three things, in this order: ``make_memory()``, ``set_cpuid(machine)`` and ``fill(machine)``, the last
+when the machine is whole. This is one origin; a saved state is another (state/restore.py).
+"""
+
+from __future__ import annotations
+
+from pykvm.errors import ConfigError
+from pykvm.loaders import load
+from pykvm.memory import GuestMemory
+from pykvm.platform import CMDLINE_GPA
+from pykvm.units import PAGE_SIZE
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Protocol
+
+    from pykvm.config import Config
+    from pykvm.loaders.image import ImageInfo
+    from pykvm.machine import Machine
+
+    class Origin(Protocol):
+        """Where a machine's first state comes from."""
+
+        def make_memory(self) -> GuestMemory:
+            """All memory slots."""
+
+        def set_cpuid(self, machine: Machine) -> None:
+            """KVM_SET_CPUID2 for each vCPU."""
+
+        def fill(self, machine: Machine) -> None:
+            """Memory and registers; sets ``machine.boot``."""
+
+
+__all__ = ["ImageOrigin"]
+
+
+class ImageOrigin:
+    """A start from an image."""
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+
+    def make_memory(self) -> GuestMemory:
+        """RAM as large as the configuration says."""
+        config = self.config
+        with config.blames("memory"):
+            return GuestMemory.of_size(config.memory, config.backing)  # type: ignore[arg-type]
+
+    def set_cpuid(self, machine: Machine) -> None:
+        """That of the CPU model, by default all that KVM offers."""
+        cpu, system, vcpus = self.config.cpu, machine.system, machine.vcpus
+        lapic = machine.vm.irqchip != "none"
+        if cpu is None and not lapic:  # the way of most guests costs no thought
+            machine.vcpu.set_cpuid2(system.get_supported_cpuid().as_guest())
+            return
+        from pykvm.x86.cpumodel import CpuModel
+
+        with self.config.blames("cpu"):
+            model = machine.cpu_model = CpuModel.parse(cpu or "host", system)
+            for vcpu in vcpus:
+                vcpu.set_cpuid2(model.cpuid(system, vcpu.id, len(vcpus), lapic=lapic))
+
+    def fill(self, machine: Machine) -> None:
+        """Load the image and put the first vCPU at its entry."""
+        config = self.config
+        boot = machine.boot = load(config.info, config.data, machine.memory, config.entry)
+        _write_command_line(config.info, machine.memory, config.append)
+        with config.blames("entry"):
+            config.mode.apply(machine.vcpu, machine.memory, boot.entry, boot.registers)
+
+
+def _write_command_line(info: ImageInfo, memory: GuestMemory, text: str) -> None:
+    if not text:
+        return
+    line = text.encode(errors="surrogateescape") + b"\0"  # as sys.argv has what is not UTF-8
+    if len(line) > PAGE_SIZE:
+        raise ConfigError(f"the command line has {len(line)} bytes; there is room for {PAGE_SIZE}")
+    for s in info.segments:
+        if s.gpa < CMDLINE_GPA + PAGE_SIZE and s.gpa + s.memsz > CMDLINE_GPA:
+            raise ConfigError(f"the image covers gpa {CMDLINE_GPA:#x}, where the command line goes: run it without --append")
+    memory.write(CMDLINE_GPA, line)
