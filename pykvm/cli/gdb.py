@@ -8,6 +8,7 @@ from __future__ import annotations
 import sys
 
 from pykvm.cli import say
+from pykvm.cli.guest import MACHINE_OPTIONS, Output, open_machine
 from pykvm.cli.options import Command, Option, number
 
 TYPE_CHECKING = False
@@ -24,17 +25,7 @@ COMMAND = Command(
         Option("--listen", "where gdb connects to: HOST:PORT, or unix:PATH, which only its owner may use", "WHERE", "127.0.0.1:1234"),
         Option("--wait", "the guest does not start before gdb says so"),
         Option("--remote", "allow --listen on addresses that other machines can reach: who connects owns the guest"),
-        Option("--memory", "RAM, in bytes or with K, M, G; what the image asks for, else 16M", "SIZE"),
-        Option(
-            "--mode", "CPU mode to start in; auto asks the image", default="auto", choices=("auto", "real", "protected", "long", "user")
-        ),
-        Option("--append", "command line for the guest (RSI points at it)", "TEXT", ""),
-        Option("--cpus", "vCPUs; what the image asks for, else 1", "N", convert=int),
-        Option(
-            "--irqchip",
-            "interrupt controllers; what the image asks for, else none, but with --cpus kernel",
-            choices=("none", "kernel", "split"),
-        ),
+        *MACHINE_OPTIONS,
         Option("--timeout", "seconds that the guest may run at a time; without it no limit", "SECONDS", convert=number),
     ],
     [
@@ -47,24 +38,13 @@ COMMAND = Command(
 def main(argv: list[str]) -> int:
     """Serve it; returns the exit status."""
     (image,), o = COMMAND.parse(argv, 1, 1)
-    from pykvm.cli.run import Output, check_needs
     from pykvm.debug.control import Control
     from pykvm.debug.gdb.listen import Listener
     from pykvm.debug.gdb.server import Server
-    from pykvm.machine import Machine
 
     output = Output()
-    machine = Machine(
-        image,
-        memory=o["memory"],
-        mode=o["mode"],
-        append=o["append"],
-        cpus=o["cpus"],
-        irqchip=o["irqchip"],
-        on_output=output.write,
-    )
+    machine = open_machine(image, o, on_output=output.write)
     with machine, Listener(o["listen"], remote=o["remote"]) as listener:
-        check_needs(machine)
         machine.on_heartbeat = output.flush
         control = Control(machine)
         say(f"pykvm: gdb -ex 'target remote {listener.name}'")

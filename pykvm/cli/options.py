@@ -34,6 +34,7 @@ class Option:
         self.default: Any = ([] if many else default) if metavar or choices else False
         if choices:
             self.metavar = "|".join(choices)
+        self.key = name.lstrip("-").replace("-", "_")
 
     def value_of(self, text: str) -> Any:
         """The checked value."""
@@ -55,7 +56,7 @@ class Command:
 
     def parse(self, argv: list[str], least: int = 0, most: int = 0) -> tuple[list[str], dict[str, Any]]:
         """(operands, option values by name without dashes). Raises ConfigError; prints help and leaves with status 0 for --help."""
-        values = {_key(o.name): list(o.default) if o.many else o.default for o in self.options.values()}
+        values = {o.key: list(o.default) if o.many else o.default for o in self.options.values()}
         operands: list[str] = []
         words = iter(argv)
         for word in words:
@@ -74,7 +75,7 @@ class Command:
             if not option.metavar:
                 if equals:
                     raise ConfigError(f"{name} takes no value")
-                values[_key(name)] = True
+                values[option.key] = True
                 continue
             if not equals:
                 try:
@@ -82,9 +83,9 @@ class Command:
                 except StopIteration:
                     raise ConfigError(f"{name} needs a value: {name} {option.metavar}") from None
             if option.many:
-                values[_key(name)].append(option.value_of(value))
+                values[option.key].append(option.value_of(value))
             else:
-                values[_key(name)] = option.value_of(value)
+                values[option.key] = option.value_of(value)
         if len(operands) < least:
             raise ConfigError(f"something is missing: pykvm {self.name} {self.operands}; pykvm {self.name} --help tells more")
         if len(operands) > most and not self.rest:
@@ -113,10 +114,6 @@ class Command:
         if self.examples:
             lines += ["", "examples:"] + [f"  {example}" for example in self.examples]
         return "\n".join(lines)
-
-
-def _key(name: str) -> str:
-    return name.lstrip("-").replace("-", "_")
 
 
 def number(text: str) -> float:

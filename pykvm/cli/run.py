@@ -10,13 +10,13 @@ import os
 import sys
 
 from pykvm.cli import say
-from pykvm.cli.options import Command, Option, number, whole
-from pykvm.errors import ConfigError, GuestCrash, GuestNeedsError
-from pykvm.machine import Machine
-from pykvm.units import parse_address
+from pykvm.cli.guest import MACHINE_OPTIONS, TIME_LIMIT, Input, Output, open_machine
+from pykvm.cli.options import Command, Option, whole
+from pykvm.errors import ConfigError, GuestCrash
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from pykvm.machine import Machine
     from pykvm.records import StatRow
     from pykvm.result import Result
 
@@ -26,28 +26,12 @@ COMMAND = Command(
     "Run a guest until it halts, exits, crashes or its time is up. IMAGE is a gallery name (pykvm guests) or a file:\n"
     "ELF32 or ELF64, or a flat binary. The guest's console (COM1 and port 0xe9) is stdout, stdin is its input.",
     [
-        Option("--memory", "RAM, in bytes or with K, M, G; what the image asks for, else 16M", "SIZE"),
-        Option("--backing", "where RAM comes from", default="anonymous", choices=("anonymous", "memfd", "hugetlb")),
-        Option(
-            "--mode", "CPU mode to start in; auto asks the image", default="auto", choices=("auto", "real", "protected", "long", "user")
-        ),
-        Option("--entry", "guest physical address to start at, instead of the image's own", "GPA", convert=parse_address),
-        Option("--timeout", "time limit in seconds", "SECONDS", 10.0, number),
-        Option("--append", "command line for the guest (RSI points at it)", "TEXT", ""),
-        Option("--cpus", "vCPUs; those after the first wait for INIT and SIPI; what the image asks for, else 1", "N", convert=int),
-        Option(
-            "--irqchip",
-            "interrupt controllers; what the image asks for, else none, but with --cpus kernel",
-            choices=("none", "kernel", "split"),
-        ),
-        Option("--cpu", "CPU model, such as haswell or 'host -avx2' (pykvm cpu lists them); all that this host's KVM offers", "MODEL"),
-        Option("--pin", "run each vCPU on a host CPU of its own"),
-        Option("--loop", "who handles exits first", default="native", choices=("python", "native")),
+        *MACHINE_OPTIONS,
+        TIME_LIMIT,
         Option("--stats", "a table of the exits: count, total and median time"),
         Option("--ledger", "record every exit in FILE.npy, which pykvm ledger shows and numpy.load reads", "FILE.npy"),
         Option("--ledger-exits", "how many exits of each vCPU the ledger has room for", "N", 1 << 20, whole),
         Option("--trace-exits", "with --ledger, the CPU's own exit reasons too: takes root and tracefs, and slows exits down"),
-        Option("--strict", "an access that no device claims is a crash"),
         Option("--shell-on-crash", "a crash or the time limit leads to a Python prompt (pykvm shell)"),
         Option("--json", "one JSON object instead of text"),
         Option("--qemu-exit-status", "debug exit code n becomes status (n << 1) | 1, as with QEMU's isa-debug-exit"),
@@ -60,68 +44,20 @@ COMMAND = Command(
 )
 
 
-class Output:
-    """Console output to stdout: written at line ends, and at least ten times a second.
-
-    Through Python's own buffer: Ctrl-C between a write and the note that it was made would print the same twice.
-    """
-
-    def __init__(self) -> None:
-        self.stdout = sys.stdout.buffer
-        self.flush = self.stdout.flush
-
-    def write(self, data: bytes) -> None:
-        self.stdout.write(data)
-        if b"\n" in data:
-            self.flush()
-
-
-class Input:
-    """stdin, asked without waiting; its end becomes Ctrl-D (0x04) once, as a terminal would send it."""
-
-    def __init__(self, before: Output) -> None:
-        self.before = before
-        self.ended = False
-
-    def poll(self) -> bytes:
-        from select import select
-
-        self.before.flush()
-        try:
-            if self.ended or not select((0,), (), (), 0)[0]:
-                return b""
-            data = os.read(0, 4096)
-        except (OSError, ValueError):
-            data = b""  # closed
-        self.ended = not data
-        return data or b"\x04"
-
-
 def main(argv: list[str]) -> int:
     """Run it; returns the exit status."""
     (image,), o = COMMAND.parse(argv, 1, 1)
     _check_ledger(o["ledger"], o["trace_exits"])
     output = Output()
-    machine = Machine(
+    machine = open_machine(
         image,
-        memory=o["memory"],
-        backing=o["backing"],
-        mode=o["mode"],
-        entry=o["entry"],
-        append=o["append"],
-        cpus=o["cpus"],
-        irqchip=o["irqchip"],
-        cpu=o["cpu"],
-        pin=o["pin"],
-        loop=o["loop"],
+        o,
         stats=o["stats"],
         ledger=o["ledger_exits"] if o["ledger"] else False,
-        strict=o["strict"],
         on_output=None if o["json"] else output.write,
         poll_input=Input(output).poll,
     )
     with machine:
-        check_needs(machine)
         machine.on_heartbeat = output.flush
         crash = None
         interrupted = False
@@ -168,16 +104,6 @@ def _check_ledger(path: str | None, trace: bool) -> None:
 def _traced(machine: Machine, timeout: float) -> Result:
     with machine.ledger.trace():
         return machine.run(timeout)
-
-
-def check_needs(machine: Machine) -> None:
-    """What the image's note says that it needs must be there: a guest that cannot run says so, rather than crash."""
-    if machine.info.note.get("needs"):
-        from pykvm.needs import unmet
-
-        why = unmet(machine.info.note, machine.system)
-        if why:
-            raise GuestNeedsError(machine.info.path, why)
 
 
 def _status(result: Result, qemu: bool) -> int:

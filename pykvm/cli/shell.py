@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import sys
 
+from pykvm.cli.guest import MACHINE_OPTIONS, open_machine
 from pykvm.cli.options import Command, Option
-from pykvm.cli.trace import MACHINE_OPTIONS, open_machine
 from pykvm.errors import ConfigError, PykvmError
 
 COMMAND = Command(
@@ -18,7 +18,7 @@ COMMAND = Command(
     "walk(), dis(), regs(), and all of pykvm. The guest has no input: the prompt needs stdin.",
     [
         Option("--command", "run this Python code instead of a prompt; several are run one after another", "CODE", many=True),
-        *(option for option in MACHINE_OPTIONS if option.name != "--timeout"),
+        *MACHINE_OPTIONS,
     ],
     ["pykvm shell hello", "pykvm shell hello --command 'brk(\"puts\")' --command 'cont()' --command 'regs()'"],
 )
@@ -27,7 +27,7 @@ COMMAND = Command(
 def main(argv: list[str]) -> int:
     """Open the prompt; returns the exit status."""
     (image,), o = COMMAND.parse(argv, 1, 1)
-    with open_machine(image, o, poll_input=None) as machine:
+    with open_machine(image, o) as machine:
         from pykvm.debug.shell import interact, run_code
 
         if not o["command"]:

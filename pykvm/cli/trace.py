@@ -8,9 +8,9 @@ from __future__ import annotations
 import sys
 
 from pykvm.cli import run, say
+from pykvm.cli.guest import MACHINE_OPTIONS, TIME_LIMIT, Input, Output, open_machine
 from pykvm.cli.options import Command, Option, whole
 from pykvm.errors import ConfigError, GuestCrash
-from pykvm.machine import Machine
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -18,11 +18,6 @@ if TYPE_CHECKING:
 
     from pykvm.debug.tracer import Tracer
     from pykvm.result import Result
-
-_TAKEN = (
-    "--memory", "--backing", "--mode", "--entry", "--timeout", "--append", "--cpus", "--irqchip", "--cpu", "--pin", "--loop", "--strict",
-)  # fmt: skip
-MACHINE_OPTIONS = [run.COMMAND.options[name] for name in _TAKEN]
 
 COMMAND = Command(
     "trace",
@@ -40,6 +35,7 @@ COMMAND = Command(
         Option("--fast", "look at exits in batches: a few µs an exit less, but registers are not those of the exit"),
         Option("--html", "write a page that shows it all to FILE", "FILE"),
         *MACHINE_OPTIONS,
+        TIME_LIMIT,
         Option("--json", "one JSON object a line"),
     ],
     [
@@ -51,19 +47,6 @@ COMMAND = Command(
 )
 
 
-def open_machine(image: str, o: dict[str, Any], **more: Any) -> Machine:
-    """A machine as the options say; the guest's input is stdin. Raises GuestNeedsError where the host lacks what it needs."""
-    names = ("memory", "backing", "mode", "entry", "append", "cpus", "irqchip", "cpu", "pin", "loop", "strict")
-    options = {name: o[name] for name in names}
-    machine = Machine(image, **{"poll_input": run.Input(run.Output()).poll, **options, **more})
-    try:
-        run.check_needs(machine)
-    except BaseException:
-        machine.close()
-        raise
-    return machine
-
-
 def main(argv: list[str]) -> int:
     """Trace it; returns the exit status."""
     (image,), o = COMMAND.parse(argv, 1, 1)
@@ -71,7 +54,7 @@ def main(argv: list[str]) -> int:
 
     if o["html"] and o["json"]:
         raise ConfigError("--html and --json: choose one")
-    with open_machine(image, o) as machine:
+    with open_machine(image, o, poll_input=Input(Output()).poll) as machine:
         tracer = Tracer(
             machine,
             filters=o["filter"],

@@ -8,8 +8,8 @@ from __future__ import annotations
 import sys
 
 from pykvm.cli import say
+from pykvm.cli.guest import MACHINE_OPTIONS, TIME_LIMIT, Input, Output, open_machine
 from pykvm.cli.options import Command, Option
-from pykvm.cli.trace import MACHINE_OPTIONS, open_machine
 from pykvm.errors import ConfigError, GuestCrash
 
 TYPE_CHECKING = False
@@ -32,6 +32,7 @@ COMMAND = Command(
         Option("--vcpu", "whose registers", "N", 0, int),
         Option("--tables", "list all that the page tables map, as ranges"),
         *MACHINE_OPTIONS,
+        TIME_LIMIT,
         Option("--json", "one JSON object instead of text"),
     ],
     [
@@ -49,7 +50,7 @@ def main(argv: list[str]) -> int:
         raise ConfigError("--at and --until: give one place to stop at")
     if not addresses and not o["tables"]:
         raise ConfigError("no address: give at least one GVA, or --tables")
-    with open_machine(image, o) as machine:
+    with open_machine(image, o, poll_input=Input(Output()).poll) as machine:
         from pykvm.debug.reach import address_of
 
         symbols = machine.symbols()
