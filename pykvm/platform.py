@@ -37,6 +37,9 @@ CMDLINE_GPA = 0x8000  # the command line, NUL-terminated, one page; RSI points h
 PAGE_TABLES_GPA = 0x9000
 PAGE_TABLES_END = 0x9F000
 REAL_LOAD_GPA = 0x7C00
+LOW_RAM_END = 0x9FC00  # what a PC calls conventional memory ends here
+EBDA_GPA, EBDA_END = 0x9FC00, 0xA0000  # the extended BIOS data area
+BIOS_GPA, BIOS_END = 0xE0000, 0x100000  # where guests look for the RSDP and the MP table, in steps of 16 bytes
 LOAD_GPA = 0x100000
 
 MMIO_HOLE = 0xC000_0000  # RAM below this; devices between here and 4 GiB

@@ -10,7 +10,7 @@ import pykvm
 PACKAGE = Path(pykvm.__file__).parent
 LEVELS = {
     0: ["errors", "units", "platform"],
-    1: ["abi", "assemble", "console", "gallery"],
+    1: ["abi", "assemble", "console", "gallery", "memorymap"],
     2: ["system", "vm", "vcpu", "memory", "exits", "exit_reason", "bus", "disasm", "symbols", "records", "kvmstats", "cpuid", "irq"],
     3: ["x86", "devices", "loaders"],
     4: ["machine", "config", "start", "pc", "result", "runner", "smp", "turns", "msrs", "services", "needs", "probe"],
