@@ -36,7 +36,7 @@ ffi.set_source(
     '#include "kvm_compat.h"\n#include "runloop.h"\n#include "bench.h"\n',
     include_dirs=[str(HERE)],
     sources=[str(HERE / part) for part in _parts],
-    depends=[str(HERE / name) for name in ("kvm_compat.h", "runloop.h", "bench.h", *_parts)],
+    depends=[str(HERE / name) for name in ("kvm_compat.h", "runloop.h", "turn.h", "bench.h", *_parts)],
     extra_compile_args=["-O2", "-Wall", "-Wextra", "-Wno-unused-parameter", "-Wno-missing-field-initializers"],
     libraries=["rt", "pthread"],
 )

@@ -2,6 +2,7 @@
  * session.c's. */
 #define _GNU_SOURCE
 #include "runloop.h"
+#include "turn.h"
 
 #include <errno.h>
 #include <pthread.h>
@@ -430,7 +431,9 @@ static inline uint64_t run_on(struct pykvm_vcpu *v)
 		return 0;
 	}
 	v->reply_size = 0;
+	pykvm_give_turn(v->tid);
 	v->last = v->kicked & PYKVM_KICKED_ITSELF ? interrupted(v) : step(v);
+	pykvm_take_turn(v->tid);
 	if (v->appended || (v->coalesced && v->coalesced->first != v->coalesced->last)) {
 		/* What the guest wrote before comes first: Python empties sinks and ring, then asks again. */
 		v->appended = 0;

@@ -2,6 +2,7 @@
  * See runloop.h. The ioctl wrappers are here too. */
 #define _GNU_SOURCE
 #include "runloop.h"
+#include "turn.h"
 
 #include <errno.h>
 #include <pthread.h>
@@ -21,6 +22,7 @@
  * the one a tick is for, so that a tick that lands between the decision to enter and the entry itself is not lost: KVM looks at
  * immediate_exit after that. */
 __thread struct pykvm_vcpu *volatile pykvm_current __attribute__((tls_model("initial-exec")));
+struct pykvm_turn pykvm_turn;
 static __thread int32_t thread_id __attribute__((tls_model("initial-exec")));
 static __thread uint64_t thread_serial __attribute__((tls_model("initial-exec")));	/* unlike a thread's id, never used again */
 
@@ -249,6 +251,7 @@ void pykvm_end(struct pykvm_vcpu *v)
 	if (!is_bound_here(v))
 		return;
 	pykvm_current = v->outer;
+	pykvm_give_turn(v->tid);
 	if (v->armed) {
 		timer_settime(v->timer, 0, &never, NULL);
 		v->armed = 0;

@@ -391,3 +391,34 @@ ap:     .code16
     """
     with Machine(pykvm.asm(source, bits=32, org=0x100000), mode="protected", memory="2M", cpus=2) as machine:
         assert machine.run(TIMEOUT).exit_code == 42
+
+
+def test_who_waits_in_a_device_holds_up_no_other_machine():
+    """Threads take turns in Python; a turn is a hint, and one that lasts is taken away (native/turn.h)."""
+    entered, done = threading.Event(), threading.Event()
+    code = pykvm.asm("mov ecx, 300; 1: out 0x42, al; loop 1b; out 0xf4, al", bits=32, org=0x100000)
+    waited = []
+
+    class Waits:
+        def write(self, offset, size, value):
+            if not waited:
+                entered.set()
+                waited.append(done.wait(TIMEOUT))
+
+    class Counts:
+        count = 0
+
+        def write(self, offset, size, value):
+            self.count += 1
+
+    with Machine(code, mode="protected") as slow, Machine(code, mode="protected") as quick:
+        counts = Counts()
+        slow.add_device(Waits(), port=0x42)
+        quick.add_device(counts, port=0x42)
+        with Running(slow) as other:
+            assert entered.wait(TIMEOUT)
+            quick.run(TIMEOUT)
+            done.set()
+            until(lambda: not other.thread.is_alive())
+        assert waited == [True] and counts.count == 300
+        assert other.result.reason == "exit"
