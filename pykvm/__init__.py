@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from pykvm.errors import KvmError as KvmError
     from pykvm.errors import KvmUnavailableError as KvmUnavailableError
     from pykvm.errors import MemSlotError as MemSlotError
+    from pykvm.errors import MigrationError as MigrationError
     from pykvm.errors import PykvmError as PykvmError
     from pykvm.exit_reason import ExitReason as ExitReason
     from pykvm.exits import ApResetHold as ApResetHold
@@ -89,7 +90,7 @@ _HOME = {
     "pykvm.bus": "Bus Native",
     "pykvm.errors": "AsmError CapabilityError ConfigError DeviceOverlapError GuestCrash GuestImageError GuestMemoryError GuestNeedsError "
     "HostError "
-    "KvmError KvmUnavailableError MemSlotError PykvmError",
+    "KvmError KvmUnavailableError MemSlotError MigrationError PykvmError",
     "pykvm.exit_reason": "ExitReason",
     "pykvm.exits": "ApResetHold BusLock Debug DirtyRingFull Eagain ExceptionExit Exit FailEntry Hlt Hypercall Hyperv InternalError "
     "Intr IoIn IoOut IoapicEoi IrqWindowOpen MemoryFault MmioRead MmioWrite Nmi Notify RdMsr SetTpr Shutdown SnpReqCerts "

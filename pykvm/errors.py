@@ -23,6 +23,7 @@ __all__ = [
     "KvmError",
     "KvmUnavailableError",
     "MemSlotError",
+    "MigrationError",
     "PykvmError",
 ]
 
@@ -126,6 +127,12 @@ class GuestCrash(PykvmError):
         super().__init__(explanation.splitlines()[0] if explanation else "the guest crashed")
         self.explanation = explanation
         self.result = result
+
+
+class MigrationError(PykvmError):
+    """A live migration failed before it was committed: the guest goes on at its source, and nowhere else."""
+
+    exit_status = 75
 
 
 class HostError(PykvmError):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import mmap
 import os
+from _weakref import ref
 from bisect import bisect_right
 
 from pykvm.abi import ffi
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
 
     import numpy as np
     from numpy.typing import DTypeLike
+
+    from pykvm.hostwrites import HostWrites
 
     Backing = Literal["anonymous", "memfd", "hugetlb"]
     Buffer = bytes | bytearray | memoryview
@@ -93,6 +96,8 @@ class GuestMemory:
     def __init__(self) -> None:
         self._slots: list[MemSlot] = []
         self._starts: list[int] = []
+        self._views: dict[int, tuple[ref[Any], MemSlot, int, int]] = {}  # that are alive, and what each covers
+        self._log: HostWrites | None = None
 
     @classmethod
     def of_size(cls, size: int | str, backing: Backing = "anonymous") -> GuestMemory:
@@ -238,6 +243,8 @@ class GuestMemory:
             if slot.readonly:
                 _check_writable(slot, gpa, size)
             slot.map[offset : offset + size] = data
+            if self._log is not None:
+                self._written(slot, offset, size)
             return
         if not self.contains(gpa, size):
             raise GuestMemoryError(gpa, size, self._why(gpa, size))
@@ -248,6 +255,7 @@ class GuestMemory:
         for slot, offset, n in pieces:
             slot.map[offset : offset + n] = data[done : done + n]
             done += n
+            self._written(slot, offset, n)
 
     def _pieces(self, gpa: int, size: int) -> list[tuple[MemSlot, int, int]]:
         pieces = []
@@ -298,13 +306,55 @@ class GuestMemory:
             raise GuestMemoryError(gpa, size, self._why(gpa, size))
         for slot, offset, n in self._pieces(gpa, size):
             _check_writable(slot, gpa, size)
-            first, last = -(-offset // PAGE_SIZE) * PAGE_SIZE, (offset + n) // PAGE_SIZE * PAGE_SIZE
-            if slot.backing != "anonymous" or first >= last:
-                _fill_zeros(slot.map, offset, n)
-                continue
-            _fill_zeros(slot.map, offset, first - offset)
-            slot.map.madvise(mmap.MADV_DONTNEED, first, last - first)
-            _fill_zeros(slot.map, last, offset + n - last)
+            self._clear(slot, offset, n)
+            self._written(slot, offset, n)
+
+    def _clear(self, slot: MemSlot, offset: int, n: int) -> None:
+        first, last = -(-offset // PAGE_SIZE) * PAGE_SIZE, (offset + n) // PAGE_SIZE * PAGE_SIZE
+        if slot.backing != "anonymous" or first >= last:
+            _fill_zeros(slot.map, offset, n)
+            return
+        _fill_zeros(slot.map, offset, first - offset)
+        slot.map.madvise(mmap.MADV_DONTNEED, first, last - first)
+        _fill_zeros(slot.map, last, offset + n - last)
+
+    # --- what the host writes ----------------------------------------------------------------------------------------
+
+    def log_writes(self) -> HostWrites:
+        """Note from now on which pages the host writes (hostwrites.py), until stop_log()."""
+        from pykvm.hostwrites import HostWrites
+
+        self._log = HostWrites(self.slots)
+        return self._log
+
+    def stop_log(self) -> None:
+        """No more of log_writes()."""
+        self._log = None
+
+    def mark_written(self, gpa: int, size: int) -> None:
+        """For who has written through an hva."""
+        for slot, offset, n in self._pieces(gpa, size):
+            self._written(slot, offset, n)
+
+    def mark_views(self) -> None:
+        """All that a numpy view that is alive may have written counts as written."""
+        for _, slot, offset, size in self._views.copy().values():
+            self._written(slot, offset, size)
+
+    def _written(self, slot: MemSlot, offset: int, size: int) -> None:
+        log = self._log
+        if log is not None:
+            log.mark(slot, offset, size)
+
+    def _watch(self, array: np.ndarray[Any, Any], slot: MemSlot, offset: int) -> None:
+        """``array`` is made from the mapping, not from another array: numpy's views of it keep it alive."""
+        key, size = id(array), array.nbytes
+
+        def gone(_: object) -> None:
+            del self._views[key]
+            self._written(slot, offset, size)
+
+        self._views[key] = (ref(array, gone), slot, offset, size)
 
     # --- numpy -------------------------------------------------------------------------------------------------------
 
@@ -328,7 +378,10 @@ class GuestMemory:
         slot, offset = self._locate(gpa, count * kind.itemsize)
         if not count:
             return np.empty(dims, kind)
-        return np.frombuffer(slot.map, kind, count, offset).reshape(dims)
+        array = np.frombuffer(slot.map, kind, count, offset)
+        if array.flags.writeable:
+            self._watch(array, slot, offset)
+        return array.reshape(dims)
 
     def view_slot(self, slot: MemSlot, dtype: DTypeLike = "u1") -> np.ndarray[Any, Any]:
         """A whole slot as a one-dimensional array."""

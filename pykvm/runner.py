@@ -171,7 +171,7 @@ class Runner:
     def _pause(self) -> None:
         """Wait while the gate is closed, unless the run is to end. The time limit waits too."""
         gate = self.gate
-        if gate is not None and gate.closed:
+        if gate is not None and gate.shut:
             since = monotonic()
             gate.wait(lambda: self._stop is not None)
             if self._deadline is not None:

@@ -22,19 +22,20 @@ __all__ = ["Gate", "IdleWatch", "VcpuGroup"]
 
 
 class Gate:
-    """Where vCPUs wait while the machine is paused."""
+    """Where vCPUs wait while the machine is paused, or held back for a moment."""
 
     def __init__(self) -> None:
         from threading import Condition
 
         self._changed = Condition()
         self.closed = False
+        self.until = 0.0  # held back until then (monotonic time)
         self.waiting = 0
 
     def set(self, closed: bool) -> None:
         """Close it, or open it and let all go."""
         with self._changed:
-            self.closed = closed
+            self.closed, self.until = closed, 0.0
             self._changed.notify_all()
 
     def look(self) -> None:
@@ -42,12 +43,18 @@ class Gate:
         with self._changed:
             self._changed.notify_all()
 
+    @property
+    def shut(self) -> bool:
+        """Whether a vCPU has to wait now."""
+        return self.closed or self.until > monotonic()
+
     def wait(self, enough: Callable[[], bool]) -> None:
         """Wait until it is open, or ``enough()``."""
         with self._changed:
             self.waiting += 1
             try:
-                self._changed.wait_for(lambda: not self.closed or enough())
+                while self.shut and not enough():
+                    self._changed.wait(None if self.closed else max(0.0, self.until - monotonic()))
             finally:
                 self.waiting -= 1
 
@@ -181,20 +188,36 @@ class VcpuGroup:
 
         if any(runner.vcpu.native.tid == get_native_id() for runner in self.runners):
             raise ConfigError("a device cannot pause the machine that waits for its answer: pause from another thread, or stop()")
-        if self._gate is None:
-            self._gate = Gate()
-            for runner in self.runners:
-                runner.gate = self._gate
-        self._gate.set(True)
+        gate = self._make_gate()
+        gate.set(True)
         for runner in self.runners:
             runner.vcpu.kick()
-        while sum(runner.vcpu.native.tid != 0 for runner in self.runners) > self._gate.waiting:
+        while sum(runner.vcpu.native.tid != 0 for runner in self.runners) > gate.waiting:
             sleep(2e-4)
 
     def resume(self) -> None:
         """Go on after pause()."""
         if self._gate is not None:
             self._gate.set(False)
+
+    @property
+    def waiting(self) -> bool:
+        """Whether a run is in progress and all its vCPUs wait, after pause()."""
+        return self._gate is not None and self._gate.waiting == len(self.runners)
+
+    def hold(self, seconds: float) -> None:
+        """From another thread: keep the vCPUs out of the guest for so long; a pause() or stop() meanwhile finds them waiting."""
+        gate = self._make_gate()
+        gate.until = monotonic() + seconds
+        for runner in self.runners:
+            runner.vcpu.kick()
+
+    def _make_gate(self) -> Gate:
+        if self._gate is None:
+            self._gate = Gate()
+            for runner in self.runners:
+                runner.gate = self._gate
+        return self._gate
 
 
 class _Pinned:

@@ -14,7 +14,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Iterable
     from types import TracebackType
-    from typing import Literal
+    from typing import Any, Literal
 
     from pykvm.debug.pagetables import PageTables
     from pykvm.irq import Route
@@ -101,9 +101,7 @@ class VM:
 
     def remove_slot(self, slot: MemSlot) -> None:
         """Take a slot away from the guest: a region of size 0."""
-        number = next((n for n, known in self.handle.slots.items() if known is slot), None)
-        if number is None:
-            raise ConfigError(f"{slot!r} is none of this VM's{'; it is closed' if self.fd < 0 else ''}")
+        number = self._number(slot)
         self.set_user_memory_region(number, 0, slot.gpa, 0, slot.hva)
         del self.handle.slots[number]
         slot.release()
@@ -116,6 +114,35 @@ class VM:
         except KvmError as error:
             error.detail = f"slot {slot}: {format_size(size)} at gpa {gpa:#x}"
             raise
+
+    def log_dirty_pages(self, slot: MemSlot, on: bool = True) -> None:
+        """KVM_MEM_LOG_DIRTY_PAGES for a slot that the guest has; vCPUs may run. get_dirty_log() then says what was written."""
+        flags = (lib.KVM_MEM_READONLY if slot.readonly else 0) | (lib.KVM_MEM_LOG_DIRTY_PAGES if on else 0)
+        self.set_user_memory_region(self._number(slot), flags, slot.gpa, slot.size, slot.hva)
+
+    def get_dirty_log(self, slot: MemSlot, bitmap: Any) -> None:
+        """KVM_GET_DIRTY_LOG (api.rst 4.8) into ``bitmap``, a buffer with a bit for each page, in whole 64-bit words.
+
+        The pages then count as clean, but with KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2 enabled only after clear_dirty_log().
+        """
+        log = ffi.new("struct kvm_dirty_log *", {"slot": self._number(slot), "dirty_bitmap": ffi.from_buffer(bitmap)})
+        ioctl(self.fd, "KVM_GET_DIRTY_LOG", log, repr(slot))
+
+    def clear_dirty_log(self, slot: MemSlot, bitmap: Any, first: int, pages: int) -> None:
+        """KVM_CLEAR_DIRTY_LOG (api.rst 4.117): those of ``pages`` pages from ``first`` on whose bit in ``bitmap`` is set count as clean.
+
+        ``bitmap`` begins at ``first``, which must be a multiple of 64, and so must ``pages`` but at the slot's end.
+        """
+        log = ffi.new("struct kvm_clear_dirty_log *", {"slot": self._number(slot), "first_page": first, "num_pages": pages})
+        log.dirty_bitmap = ffi.from_buffer(bitmap)
+        ioctl(self.fd, "KVM_CLEAR_DIRTY_LOG", log, f"{pages} pages from {first} of {slot!r}")
+
+    def _number(self, slot: MemSlot) -> int:
+        """KVM's number of a slot."""
+        number = next((n for n, known in self.handle.slots.items() if known is slot), None)
+        if number is None:
+            raise ConfigError(f"{slot!r} is none of this VM's{'; it is closed' if self.fd < 0 else ''}")
+        return number
 
     def set_tss_addr(self, gpa: int) -> None:
         """KVM_SET_TSS_ADDR: three pages below 4 GiB that no slot may use."""

@@ -10,11 +10,11 @@ import pykvm
 PACKAGE = Path(pykvm.__file__).parent
 LEVELS = {
     0: ["errors", "units", "platform"],
-    1: ["abi", "assemble", "console", "gallery", "memorymap"],
+    1: ["abi", "assemble", "console", "gallery", "memorymap", "hostwrites", "unixsocket"],
     2: ["system", "vm", "vcpu", "memory", "exits", "exit_reason", "bus", "disasm", "symbols", "records", "kvmstats", "cpuid", "irq"],
     3: ["x86", "devices", "loaders"],
     4: ["machine", "config", "start", "pc", "result", "runner", "smp", "turns", "msrs", "services", "needs", "probe"],
-    5: ["debug", "bench", "hosts", "doctor", "ledger", "ledgerfile", "tracefs"],
+    5: ["debug", "state", "bench", "hosts", "doctor", "ledger", "ledgerfile", "tracefs"],
     6: ["cli", "__main__"],
 }
 LEVEL = {name: level for level, names in LEVELS.items() for name in names}

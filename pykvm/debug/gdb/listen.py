@@ -6,10 +6,10 @@ the loopback: on a machine with others, use a unix socket.
 
 from __future__ import annotations
 
-import os
 import socket
 
 from pykvm.errors import ConfigError
+from pykvm.unixsocket import UnixListener
 
 __all__ = ["Listener"]
 
@@ -22,6 +22,7 @@ class Listener:
 
     def __init__(self, where: str, *, remote: bool = False) -> None:
         self.path = ""
+        self._listener: UnixListener | None = None
         try:
             if where.startswith("unix:"):
                 self.socket = self._unix(where.removeprefix("unix:"))
@@ -55,28 +56,15 @@ class Listener:
     def _unix(self, path: str) -> socket.socket:
         if not path:
             raise ConfigError("--listen unix: a path is missing, as in unix:/tmp/guest.gdb")
-        listening = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        before = os.umask(0o177)  # the socket is its owner's from the first moment
-        try:
-            _remove_stale(path)
-            listening.bind(path)
-            listening.listen(1)
-        except BaseException:
-            listening.close()
-            raise
-        finally:
-            os.umask(before)
-        self.name = self.path = os.path.abspath(path)
-        return listening
+        self._listener = UnixListener(path)
+        self.name = self.path = self._listener.path
+        return self._listener.socket
 
     def close(self) -> None:
         """Listen no more."""
         self.socket.close()
-        if self.path:
-            try:
-                os.unlink(self.path)
-            except FileNotFoundError:
-                pass
+        if self._listener is not None:
+            self._listener.close()
 
     def __enter__(self) -> Listener:
         return self
@@ -89,23 +77,3 @@ def _is_loopback(address: str) -> bool:
     from ipaddress import ip_address
 
     return ip_address(address.partition("%")[0]).is_loopback
-
-
-def _remove_stale(path: str) -> None:
-    """A socket that a killed process has left is in the way; one that somebody listens on stays, and so does any other file."""
-    import stat
-
-    try:
-        if not stat.S_ISSOCK(os.lstat(path).st_mode):
-            return
-    except FileNotFoundError:
-        return
-    probe = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    try:
-        probe.connect(path)
-    except ConnectionRefusedError:
-        os.unlink(path)
-    except OSError:
-        pass
-    finally:
-        probe.close()

@@ -1,0 +1,51 @@
+"""What the host itself writes into guest memory, page by page: KVM's dirty log knows of the guest's writes alone.
+
+The rule, which holds whatever devices do: what goes through GuestMemory.write() and clear() is marked when it has happened. A numpy view
+may be written through at any time, so its pages count as written for as long as it lives, and once more when it goes. Code that writes
+through an hva (a system call's buffer, a thread of its own) takes a view for as long, or calls GuestMemory.mark_written().
+"""
+
+from __future__ import annotations
+
+from pykvm.units import PAGE_SIZE
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
+
+    import numpy as np
+
+    from pykvm.memory import MemSlot
+
+__all__ = ["HostWrites"]
+
+
+class HostWrites:
+    """Marks by slot, one byte a page (a byte is stored at once, where a bit would be read, changed and stored by two threads)."""
+
+    def __init__(self, slots: tuple[MemSlot, ...]) -> None:
+        self._marks = {slot: bytearray(slot.size // PAGE_SIZE) for slot in slots}
+
+    def mark(self, slot: MemSlot, offset: int, size: int) -> None:
+        """``size`` bytes from ``offset`` of the slot have been written. A slot that came after the log began is not in it."""
+        marks = self._marks.get(slot)
+        if marks is not None and size:
+            first, last = offset // PAGE_SIZE, (offset + size - 1) // PAGE_SIZE
+            if first == last:
+                marks[first] = 1
+            else:
+                marks[first : last + 1] = b"\1" * (last + 1 - first)
+
+    def take(self, slot: MemSlot) -> np.ndarray[Any, Any] | None:
+        """Indices of the slot's pages that were marked since the last take(); None for a slot that is not in the log.
+
+        The marks go before the caller reads the pages: what is written meanwhile is read, or marked again, or both.
+        """
+        import numpy as np
+
+        if slot not in self._marks:
+            return None
+        marks = np.frombuffer(self._marks[slot], np.uint8)
+        pages = np.flatnonzero(marks)
+        marks[pages] = 0
+        return pages

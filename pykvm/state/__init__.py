@@ -1,0 +1,1 @@
+"""State: snapshots, resets, forks, and live migration."""
