@@ -44,10 +44,12 @@ class Config:
         irqchip: str | None = None,
         cpu: str | None = None,
         strict: bool = False,
+        assist: bool = True,
     ) -> None:
         note = info.note
         self.data, self.info = data, info
-        self.backing, self.entry, self.append, self.strict = backing, entry, append, strict
+        self.backing, self.entry, self.append = backing, entry, append
+        self.strict, self.assist = strict, assist
         asked = {"memory": memory, "entry": entry, "cpus": cpus, "irqchip": irqchip, "cpu": cpu}
         self.chosen = {name for name, value in asked.items() if value is None}
         self.mode = mode_named(info.mode)

@@ -22,7 +22,6 @@ import numpy as np
 
 from pykvm import kvmstats
 from pykvm.debug.insn import insn_rip
-from pykvm.debug.view import CpuView
 from pykvm.disasm import disassemble
 from pykvm.errors import ConfigError
 from pykvm.exit_reason import ExitReason, reason_name
@@ -42,6 +41,7 @@ from pykvm.ledgerfile import (
 )
 from pykvm.records import RecordRing, StatRow
 from pykvm.tracefs import ExitTrace
+from pykvm.x86.view import CpuView
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from pykvm.bus import Device, Range, Space
     from pykvm.debug.translate import Translation
     from pykvm.devices.ioapic import Ioapic
+    from pykvm.exits import InternalError
     from pykvm.irq import EventFd, IrqLine
     from pykvm.ledger import Ledger
     from pykvm.loaders.image import BootState
@@ -45,6 +46,7 @@ if TYPE_CHECKING:
     from pykvm.start import Origin
     from pykvm.symbols import Symbols
     from pykvm.vcpu import VCPU
+    from pykvm.x86.assist import Assist
     from pykvm.x86.cpumodel import CpuModel
 
 __all__ = ["Machine", "Result"]
@@ -61,7 +63,8 @@ class Machine:
     (PIC, IOAPIC, LAPICs and PIT in KVM) or "split" (LAPICs in KVM, the IOAPIC here); what the note asks for, else none, but with several
     vCPUs "kernel". ``cpu``: a CPU model (x86.cpumodel.CpuModel.parse), by default all that KVM offers.
     ``loop``: "native" or "python". ``stats``: record every exit. ``ledger``: keep every record, so many for each vCPU (True: 2**20), for
-    the attribute ``ledger``. ``strict``: an access that nobody claims is a crash.
+    the attribute ``ledger``. ``strict``: an access that nobody claims is a crash. ``assist``: finish instructions
+    that KVM's emulator does not know (x86/assist/); False: they are a crash.
     ``on_output``: called with bytes as the guest prints; ``poll_input``: called for console input, returns bytes. ``on_heartbeat`` (an
     attribute): called ten times a second or more while the guest runs.
 
@@ -87,12 +90,23 @@ class Machine:
         stats: bool = False,
         ledger: int | bool = False,
         strict: bool = False,
+        assist: bool = True,
         on_output: Callable[[bytes], object] | None = None,
         poll_input: Callable[[], bytes] | None = None,
         system: System | None = None,
     ) -> None:
         config = Config.of_image(
-            image, mode, memory=memory, backing=backing, entry=entry, append=append, cpus=cpus, irqchip=irqchip, cpu=cpu, strict=strict
+            image,
+            mode,
+            memory=memory,
+            backing=backing,
+            entry=entry,
+            append=append,
+            cpus=cpus,
+            irqchip=irqchip,
+            cpu=cpu,
+            strict=strict,
+            assist=assist,
         )
         self._make(
             config,
@@ -126,6 +140,7 @@ class Machine:
         self._stats: Stats | None = None
         self._ledger: Ledger | None = None
         self._services: Services | None = None
+        self._assist: Assist | None = None
         self._clock: int | None = None  # where kvmclock stands while it does
         self._running, self._clock_lock = False, RLock()
         self.on_heartbeat: Callable[[], object] | None = None
@@ -202,9 +217,19 @@ class Machine:
                 runner.heartbeat = WATCHFUL
             if self.ioapic is not None:
                 runner.on_eoi = self.ioapic.eoi
+            if self.config.assist:
+                runner.on_emulation_failure = self._finish
         self.runner.on_heartbeat = self._tick
         self.bus.on_change = self._on_bus_change
         self.group = VcpuGroup(self.runners, watch_idle=in_kernel, pin=pin)
+
+    def _finish(self, vcpu: VCPU, error: InternalError) -> bool:
+        """KVM has given up on an instruction: whether it is done now."""
+        if self._assist is None:
+            from pykvm.x86.assist import Assist
+
+            self._assist = Assist(self.memory, self.bus)
+        return self._assist.finish(vcpu, error)
 
     def _tick(self) -> None:
         """Between two entries of vCPU 0, now and then: time passes for devices, and input comes in."""
@@ -450,11 +475,19 @@ class Machine:
                     counts[reason] = counts.get(reason, 0) + n
         return counts
 
+    def assisted(self) -> dict[str, int]:
+        """Instructions that KVM's emulator did not know and user space has finished, by mnemonic."""
+        return {} if self._assist is None else dict(self._assist.counts)
+
+    def why_not_assisted(self, vcpu: VCPU) -> str:
+        """Why the instruction that KVM last gave up on was not finished; empty when nobody tried."""
+        return "" if self._assist is None else self._assist.declined.get(vcpu.id, "")
+
     def insn_rip(self) -> int | None:
         """The linear address of the instruction that made the last exit, wherever this host's KVM has left RIP; None when unknown."""
         from pykvm.debug.insn import insn_rip
-        from pykvm.debug.view import CpuView
         from pykvm.exits import decode
+        from pykvm.x86.view import CpuView
 
         return insn_rip(CpuView(self.vcpu, self.memory), decode(self.vcpu.native))
 

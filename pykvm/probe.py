@@ -77,9 +77,12 @@ def out_leaves_rip_past(mode: str) -> bool:
 
 
 @cache
-def cpl0_emulated() -> bool:
-    """Whether KVM's instruction emulator runs CPL0 code: it does not know POPCNT, which every CPU with VT-x or AMD-V has."""
-    exit, _ = _exit_of(b"\xf3\x0f\xb8\xc0\xf4", "long")  # popcnt eax, eax; hlt
+def cpl0_emulated(mode: str = "long") -> bool:
+    """Whether KVM's instruction emulator runs CPL0 code: it does not know POPCNT, which every CPU with VT-x or AMD-V has.
+
+    ``mode``: "long", "protected" or "real", which KVM emulates in part on VT-x without unrestricted guest.
+    """
+    exit, _ = _exit_of(b"\xf3\x0f\xb8\xc0\xf4", mode)  # popcnt eax, eax; hlt
     return isinstance(exit, exits.InternalError)
 
 

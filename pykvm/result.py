@@ -19,18 +19,20 @@ class Result:
     ``reason``: "halted" (HLT), "exit" (debug exit), "reset", "stopped" (stop() was called) or "timeout".
     ``exit_code``: the debug exit's value, 0 when the guest halted, else None.
     ``console``: what the guest has printed so far. ``exits``: exits by reason since the machine was made.
+    ``assisted``: instructions that KVM's emulator did not know and user space has finished, by mnemonic.
     ``unclaimed``: accesses that no device claimed, (space, address, size, is_write) to their number.
     ``stats``: with ``stats=True``, a row for each kind of exit (records.StatRow), else None.
     ``explanation``: where and why the guest was stopped by the time limit, else an empty string.
     """
 
-    __slots__ = ("_counts", "console", "exit_code", "explanation", "reason", "stats", "unclaimed")
+    __slots__ = ("_counts", "assisted", "console", "exit_code", "explanation", "reason", "stats", "unclaimed")
 
     def __init__(self, machine: Machine, stop: Stop) -> None:
         self.reason = stop.reason
         self.exit_code = stop.code if stop.reason == "exit" else 0 if stop.reason == "halted" else None
         self.console = machine.console.text
         self._counts = machine.exit_counts()
+        self.assisted = machine.assisted()
         self.unclaimed = dict(machine.bus.unclaimed)
         self.stats: list[StatRow] | None = machine.stats_rows()
         self.explanation = ""
@@ -49,6 +51,7 @@ class Result:
             "exit_code": self.exit_code,
             "console": self.console,
             "exits": self.exits,
+            "assisted": self.assisted,
             "unclaimed": [
                 {"space": space, "address": at, "size": size, "direction": "write" if is_write else "read", "count": n}
                 for (space, at, size, is_write), n in self.unclaimed.items()

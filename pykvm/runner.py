@@ -82,7 +82,8 @@ class Runner:
     with the guest as it was at the access, which the next ``run()`` gives to the device again.
 
     ``lock``, where other vCPUs share the bus: held while a device is asked. Exits that are no access go to ``msrs``, ``on_hypercall(nr,
-    args) -> int`` and ``on_eoi(vector)``, where they are set. ``is_idle()`` is asked at each heartbeat: True ends the run as halted.
+    args) -> int``, ``on_eoi(vector)`` and ``on_emulation_failure(vcpu, exit) -> bool``, where they are set. ``is_idle()`` is asked at each
+    heartbeat: True ends the run as halted.
     """
 
     def __init__(self, vcpu: VCPU, bus: Bus, loop: str = "native", ring: RecordRing | None = None, lock: Any = None) -> None:
@@ -95,6 +96,7 @@ class Runner:
         self.msrs: MsrHandlers | None = None
         self.on_hypercall: Callable[[int, tuple[int, ...]], int] | None = None
         self.on_eoi: Callable[[int], object] | None = None
+        self.on_emulation_failure: Callable[[VCPU, exits.InternalError], bool] | None = None  # True: the instruction is done
         self.is_idle: Callable[[], bool] | None = None
         self._messages: list[Callable[[], object]] = []  # what others want done between two entries
         self._vectors: list[int] = []  # interrupts that wait, without an in-kernel irqchip
@@ -322,6 +324,8 @@ class Runner:
                 exit.reply(self.on_hypercall(exit.nr, exit.args))
             case exits.IoapicEoi() if self.on_eoi is not None:
                 self.on_eoi(exit.vector)
+            case exits.InternalError() if self.on_emulation_failure is not None and self.on_emulation_failure(self.vcpu, exit):
+                pass
             case exits.SetTpr() | exits.Intr():
                 pass
             case _:

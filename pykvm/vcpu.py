@@ -104,6 +104,10 @@ class VCPU:
         """KVM_GET_DEBUGREGS: DR0-DR3, DR6, DR7 (``struct kvm_debugregs``)."""
         return self._get("KVM_GET_DEBUGREGS", "struct kvm_debugregs")
 
+    def set_debugregs(self, debugregs: Struct) -> None:
+        """KVM_SET_DEBUGREGS."""
+        ioctl(self.fd, "KVM_SET_DEBUGREGS", debugregs.cdata)
+
     def get_mp_state(self) -> int:
         """KVM_GET_MP_STATE: a KVM_MP_STATE_ number."""
         return int(self._get("KVM_GET_MP_STATE", "struct kvm_mp_state").mp_state)

@@ -35,6 +35,7 @@ MACHINE_OPTIONS = [
     Option("--pin", "run each vCPU on a host CPU of its own"),
     Option("--loop", "who handles exits first", default="native", choices=("python", "native")),
     Option("--strict", "an access that no device claims is a crash"),
+    Option("--no-assist", "an instruction that KVM's emulator does not know is a crash: it is not finished in user space"),
 ]  # each is the argument of Machine of that name
 TIME_LIMIT = Option("--timeout", "time limit in seconds", "SECONDS", 10.0, number)
 

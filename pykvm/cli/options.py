@@ -18,7 +18,10 @@ __all__ = ["Command", "Option", "number", "whole"]
 
 
 class Option:
-    """``--name``: a switch without ``metavar``, else it takes a value, which ``convert`` checks; ``many`` collects values in a list."""
+    """``--name``: a switch without ``metavar``, else it takes a value, which ``convert`` checks; ``many`` collects values in a list.
+
+    ``--no-name`` is a switch that turns off what is on: its key is ``name``.
+    """
 
     def __init__(
         self,
@@ -31,10 +34,11 @@ class Option:
         many: bool = False,
     ) -> None:
         self.name, self.help, self.metavar, self.convert, self.choices, self.many = name, help, metavar, convert, choices, many
-        self.default: Any = ([] if many else default) if metavar or choices else False
+        self.turns_on = not name.startswith("--no-")
+        self.default: Any = ([] if many else default) if metavar or choices else not self.turns_on
         if choices:
             self.metavar = "|".join(choices)
-        self.key = name.lstrip("-").replace("-", "_")
+        self.key = name.removeprefix("--no-").lstrip("-").replace("-", "_")
 
     def value_of(self, text: str) -> Any:
         """The checked value."""
@@ -75,7 +79,7 @@ class Command:
             if not option.metavar:
                 if equals:
                     raise ConfigError(f"{name} takes no value")
-                values[option.key] = True
+                values[option.key] = option.turns_on
                 continue
             if not equals:
                 try:

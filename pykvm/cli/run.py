@@ -121,6 +121,8 @@ def _report(machine: Machine, result: Result, status: int, timeout: float) -> No
         sys.stdout.write("\n")
     if result.stats is not None:
         print(_table(result.stats))
+        for name, count in sorted(result.assisted.items(), key=lambda item: -item[1]):
+            print(f"assisted: {name}, {count} time{'s' * (count > 1)}")
     sys.stdout.flush()
     wanted = machine.info.note.get("mode", machine.info.mode)
     if wanted != machine.info.mode:

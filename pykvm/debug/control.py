@@ -26,9 +26,9 @@ from pykvm.abi import lib, new
 from pykvm.debug.planted import OUT, Planted, WatchedBus
 from pykvm.debug.registers import read_register, write_register
 from pykvm.debug.stepping import NOT_STARTED, Stepper, Stopped, Watchpoint
-from pykvm.debug.view import CpuView
 from pykvm.errors import ConfigError
 from pykvm.runner import Stop
+from pykvm.x86.view import CpuView
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

@@ -8,16 +8,16 @@ from __future__ import annotations
 
 from pykvm import exits
 from pykvm.debug.causes import VECTORS, Cause, name_of
-from pykvm.debug.causes.decode import Operation
 from pykvm.debug.causes.delivery import undeliverable
 from pykvm.debug.causes.first import first_exception, strayed_here, way_here
 from pykvm.debug.causes.replay import Replay
 from pykvm.debug.insn import insn_rip
-from pykvm.debug.view import CpuView
 from pykvm.disasm import window
 from pykvm.errors import GuestImageError, PykvmError
 from pykvm.symbols import Symbols
+from pykvm.x86.operation import Operation
 from pykvm.x86.regs import CR0, CR4, EFER, RFLAGS, format_regs
+from pykvm.x86.view import CpuView
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -64,6 +64,9 @@ def _text(machine: Machine, view: CpuView, stop: Stop, told: _Told, symbols: Sym
     lines = [told.first, ""]
     if told.note:
         lines += [told.note, ""]
+    if isinstance(stop.exit, exits.InternalError):
+        why = machine.why_not_assisted(view.vcpu)
+        lines += [f"user space did not finish it: {why}", ""] if why else []
     if stop.exit is not None:
         lines.append(f"exit: {stop.exit!r}")
     which = f"vCPU {view.vcpu.id}: " if machine.cpus > 1 else ""

@@ -66,6 +66,8 @@ def result_html(result: Result) -> str:
     """How a run ended, its exits, the console's last lines."""
     code = "" if result.exit_code is None else f" {result.exit_code}"
     parts = [table(["exit", "count"], result.exits.items(), f"{result.reason}{code}")]
+    if result.assisted:
+        parts.append(table(["instruction", "count"], result.assisted.items(), "finished in user space"))
     if result.unclaimed:
         rows = [[s, f"{at:#x}", size, "write" if w else "read", n] for (s, at, size, w), n in list(result.unclaimed.items())[:_ROWS]]
         parts.append(table(["space", "address", "size", "direction", "count"], rows, "accesses that no device claims"))

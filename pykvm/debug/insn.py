@@ -18,9 +18,9 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from pykvm.debug.view import CpuView
     from pykvm.disasm import Insn
     from pykvm.exits import Exit
+    from pykvm.x86.view import CpuView
 
 __all__ = ["insn_rip"]
 

@@ -9,10 +9,10 @@ never hears of it. Setting RIP and the byte back cancels it.
 from __future__ import annotations
 
 from pykvm.bus import Bus
-from pykvm.debug.view import CpuView
 from pykvm.errors import ConfigError, GuestMemoryError
 from pykvm.probe import breakpoints, out_leaves_rip_past
 from pykvm.units import PAGE_SIZE
+from pykvm.x86.view import CpuView
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

@@ -13,10 +13,10 @@ from pykvm.abi import lib
 from pykvm.debug.planted import OUT, Planted, probed_mode
 from pykvm.debug.successors import check_apart, count_down, handlers, leaves_step, successor
 from pykvm.debug.trapflag import hide_trap_flag
-from pykvm.debug.view import CpuView
 from pykvm.errors import ConfigError
 from pykvm.runner import Stop
 from pykvm.x86.regs import linear_rip
+from pykvm.x86.view import CpuView
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -198,6 +198,8 @@ class Stepper:
             if isinstance(exit, exits.IoOut) and exit.size != 1 and self._is_planted_out(cpu, exit):
                 return self.stopped("step", cpu)
             stop = self.runner(cpu).serve()
+            if stop is None and isinstance(exit, exits.InternalError):
+                return self.stopped("step", cpu)  # KVM gave up on the instruction, and it was finished all the same
             if stop is not None or isinstance(exit, _MADE_BY_AN_INSTRUCTION):
                 if stop is not None:
                     return self.of_stop(stop, cpu)

@@ -21,10 +21,10 @@ if TYPE_CHECKING:
 
     from pykvm.debug.control import Control
     from pykvm.debug.tracer import Tracer
-    from pykvm.debug.view import CpuView
     from pykvm.debug.where import Place
     from pykvm.result import Result
     from pykvm.runner import Runner
+    from pykvm.x86.view import CpuView
 
 __all__ = ["Step", "run_steps", "writes"]
 

@@ -16,8 +16,8 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
-    from pykvm.debug.view import CpuView
     from pykvm.vcpu import VCPU
+    from pykvm.x86.view import CpuView
 
 __all__ = ["Next", "handlers", "successor"]
 

@@ -9,8 +9,8 @@ from pykvm.x86.regs import EFER, RFLAGS
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from pykvm.debug.view import CpuView
     from pykvm.vcpu import VCPU
+    from pykvm.x86.view import CpuView
 
 __all__ = ["hide_trap_flag"]
 
@@ -22,7 +22,7 @@ def hide_trap_flag(before: CpuView, code: bytes, vcpu: VCPU, in_handler: bool) -
     """After a step of ``code`` from ``before``; ``in_handler``: it has led to the handler of an exception or interrupt."""
     if before.regs.rflags & RFLAGS.TF or not (in_handler or code.startswith((*_PUSHF, _SYSCALL))):
         return
-    from pykvm.debug.view import CpuView
+    from pykvm.x86.view import CpuView
 
     now = CpuView(vcpu, before.memory)
     if in_handler:

@@ -5,10 +5,10 @@ from __future__ import annotations
 from bisect import bisect_right
 
 from pykvm.debug.insn import insn_rip
-from pykvm.debug.view import CpuView
 from pykvm.disasm import Insn, disassemble
 from pykvm.errors import GuestImageError, GuestMemoryError
 from pykvm.symbols import Symbols
+from pykvm.x86.view import CpuView
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

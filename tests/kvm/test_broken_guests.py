@@ -18,7 +18,7 @@ import pykvm
 from pykvm import GuestCrash, Machine, probe
 from pykvm.debug.causes.delivery import came_by, undeliverable
 from pykvm.debug.causes.first import first_exception, way_here
-from pykvm.debug.view import CpuView
+from pykvm.x86.view import CpuView
 from tests.conftest import TIMEOUT
 
 ORG = {"real": 0x7C00, "protected": 0x100000, "long": 0x100000, "user": 0x100000}
@@ -203,7 +203,6 @@ PROTECTED = [
         "protected",
         "lidt [idtr]; int 0x40;" + tables(idt_limit=0xFF),
         FAULT + "`int 0x40` calls vector 64.*its IDT entry is beyond the IDT's limit 0xff",
-        emulated="does not know `int 0x40`.*its IDT entry is beyond the IDT's limit 0xff",
     ),
     Broken(
         "gate_absent",

@@ -19,6 +19,7 @@ def command(rest=False):
             Option("--mode", "which", default="auto", choices=("auto", "real", "long")),
             Option("--env", "more than once", "NAME=VALUE", many=True),
             Option("--exit-status", "a switch"),
+            Option("--no-assist", "a switch that turns off"),
             Option("-q", "a short one"),
         ],
         ["pykvm run hello"],
@@ -26,7 +27,7 @@ def command(rest=False):
     )
 
 
-DEFAULTS = {"memory": None, "timeout": 10.0, "mode": "auto", "env": [], "exit_status": False, "q": False}
+DEFAULTS = {"memory": None, "timeout": 10.0, "mode": "auto", "env": [], "exit_status": False, "assist": True, "q": False}
 
 
 @pytest.mark.parametrize(
@@ -41,6 +42,7 @@ DEFAULTS = {"memory": None, "timeout": 10.0, "mode": "auto", "env": [], "exit_st
         ("--timeout 0.5 --mode long", [], {"timeout": 0.5, "mode": "long"}),
         ("--env A=1 --env=B=2", [], {"env": ["A=1", "B=2"]}),
         ("--exit-status -q", [], {"exit_status": True, "q": True}),
+        ("--no-assist", [], {"assist": False}),
         ("--memory -1", [], {"memory": "-1"}),
         ("-", ["-"], {}),
         ("-q -- -q --help", ["-q", "--help"], {"q": True}),

@@ -10,8 +10,8 @@ from pykvm.x86.regs import CR0, CR4, EFER, RFLAGS, bit_names
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from pykvm.debug.causes.decode import Operation
-    from pykvm.debug.view import CpuView
+    from pykvm.x86.operation import Operation
+    from pykvm.x86.view import CpuView
 
 __all__ = ["control_cause", "divide_cause"]
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from pykvm.debug.causes.memory import canonical, page_fault
-from pykvm.debug.view import Descriptor, Gate
 from pykvm.x86.modes import HAS_ERROR_CODE
 from pykvm.x86.regs import EFER, RFLAGS
+from pykvm.x86.view import Descriptor, Gate
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from pykvm.debug.view import CpuView
+    from pykvm.x86.view import CpuView
 
 __all__ = ["came_by", "undeliverable"]
 

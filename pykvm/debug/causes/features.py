@@ -7,7 +7,7 @@ from pykvm.x86.regs import CR0, CR4, EFER
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from pykvm.debug.causes.decode import Operation
+    from pykvm.x86.operation import Operation
 
 __all__ = ["feature_cause"]
 

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from pykvm.debug.causes import Cause, name_of
 from pykvm.debug.causes.control import control_cause, divide_cause
-from pykvm.debug.causes.decode import Operation
 from pykvm.debug.causes.delivery import came_by
 from pykvm.debug.causes.features import feature_cause
 from pykvm.debug.causes.memory import canonical, data_cause, page_fault
 from pykvm.debug.causes.segments import segment_cause
+from pykvm.x86.operation import Operation
 from pykvm.x86.regs import RFLAGS
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from pykvm.debug.view import CpuView
+    from pykvm.x86.view import CpuView
 
 __all__ = ["first_exception", "strayed_here", "way_here"]
 

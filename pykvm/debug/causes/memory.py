@@ -7,9 +7,9 @@ from pykvm.x86.regs import CR0, CR4, EFER, RFLAGS
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from pykvm.debug.causes.decode import Access, Operation
-    from pykvm.debug.view import CpuView
+    from pykvm.x86.operation import Access, Operation
     from pykvm.x86.paging import Walk
+    from pykvm.x86.view import CpuView
 
 __all__ = ["canonical", "data_cause", "page_fault", "table_cause"]
 

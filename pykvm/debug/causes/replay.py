@@ -12,9 +12,9 @@ from time import monotonic
 
 from pykvm import exits
 from pykvm.abi import lib
-from pykvm.debug.view import CpuView
 from pykvm.errors import PykvmError
 from pykvm.platform import CMDLINE_GPA
+from pykvm.x86.view import CpuView
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:

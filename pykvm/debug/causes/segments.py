@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from pykvm.debug.causes import Cause
 from pykvm.debug.causes.memory import canonical, data_cause, table_cause
-from pykvm.debug.view import Descriptor
 from pykvm.x86.regs import EFER, RFLAGS
+from pykvm.x86.view import Descriptor
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from pykvm.debug.causes.decode import Operation
-    from pykvm.debug.view import CpuView
+    from pykvm.x86.operation import Operation
+    from pykvm.x86.view import CpuView
 
 __all__ = ["segment_cause"]
 

@@ -8,9 +8,9 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
-    from pykvm.debug.view import CpuView
+    from pykvm.x86.view import CpuView
 
-__all__ = ["Access", "Operation"]
+__all__ = ["Access", "Operation", "engine_for"]
 
 _REG, _IMM, _MEM = 1, 2, 3  # capstone's X86_OP_
 _READ, _WRITE = 1, 2  # capstone's CS_AC_
@@ -19,6 +19,15 @@ _BYTES = {"al": 0, "bl": 0, "cl": 0, "dl": 0, "ah": 8, "bh": 8, "ch": 8, "dh": 8
 # They compute an address, or touch nothing that could fault.
 _NO_ACCESS = ("lea", "nop", "invlpg", "prefetch", "bndmk", "clflush", "clwb", "cldemote")
 _ONLY_READ = ("cmp", "test", "push", "call", "jmp", "lcall", "ljmp", "div", "idiv", "mul", "imul", "lgdt", "lidt", "bt", "comis", "ucomis")
+
+
+def engine_for(bits: int) -> Any:
+    """A capstone engine for 16-, 32- or 64-bit code, with operands. One must not be used by two threads at once."""
+    import capstone
+
+    engine = capstone.Cs(capstone.CS_ARCH_X86, {16: capstone.CS_MODE_16, 32: capstone.CS_MODE_32, 64: capstone.CS_MODE_64}[bits])
+    engine.detail = True
+    return engine
 
 
 class Access:
@@ -44,14 +53,10 @@ class Operation:
         self.names = [insn.reg_name(o.reg) for o in self.operands if o.type == _REG]
 
     @classmethod
-    def here(cls, view: CpuView) -> Operation | None:
-        """Decode at RIP; None where the bytes are no instruction."""
-        import capstone
-
-        mode = {16: capstone.CS_MODE_16, 32: capstone.CS_MODE_32, 64: capstone.CS_MODE_64}[view.bits]
-        engine = capstone.Cs(capstone.CS_ARCH_X86, mode)
-        engine.detail = True
-        for insn in engine.disasm(view.read(view.rip, _LONGEST), view.rip, 1):
+    def here(cls, view: CpuView, engine: Any = None, code: bytes = b"") -> Operation | None:
+        """Decode at RIP; None where the bytes are no instruction. ``engine``: one of ``engine_for()`` that is kept; ``code``: the bytes,
+        by default those in memory."""
+        for insn in (engine or engine_for(view.bits)).disasm(code or view.read(view.rip, _LONGEST), view.rip, 1):
             return cls(view, insn)
         return None
 

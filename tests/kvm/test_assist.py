@@ -1,0 +1,278 @@
+"""Emulation assist: what KVM's emulator gives up on, compared with the same instruction at CPL3, or with what the manual says.
+
+On a host that executes CPL0 code KVM gives up on none of these, and each test says that the guest runs the same there.
+"""
+
+import random
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import pykvm
+from pykvm import GuestCrash, Machine, probe
+from tests.conftest import TIMEOUT
+from tests.kvm.assist import GPRS, ROW, results
+
+CF, PF, AF, ZF, SF, OF = 1, 4, 16, 64, 128, 2048
+STATUS = CF | PF | AF | ZF | SF | OF
+
+# instruction -> the flags that it leaves defined (SDM vol. 2)
+BITS = {
+    "popcnt rax, rcx": STATUS, "popcnt eax, dword ptr [rbx + 4]": STATUS, "popcnt ax, cx": STATUS,
+    "crc32 eax, cl": STATUS, "crc32 eax, word ptr [rbx]": STATUS, "crc32 rax, rdx": STATUS, "crc32 edx, dword ptr [rbx + 8]": STATUS,
+}  # fmt: skip
+BMI = {
+    "andn rax, rcx, rdx": CF | ZF | SF | OF, "andn eax, ecx, [rbx]": CF | ZF | SF | OF, "bextr rax, rcx, rdx": CF | ZF | OF,
+    "bextr eax, [rbx], esi": CF | ZF | OF, "blsi rax, rdx": CF | ZF | SF | OF, "blsmsk ecx, [rbx]": CF | ZF | SF | OF,
+    "blsr rdx, rdx": CF | ZF | SF | OF, "bzhi rax, [rbx], rcx": CF | ZF | SF | OF, "bzhi eax, edx, esi": CF | ZF | SF | OF,
+    "pdep rax, rcx, [rbx]": STATUS, "pext ecx, edx, esi": STATUS, "mulx rax, rcx, [rbx]": STATUS, "mulx eax, eax, ecx": STATUS,
+    "rorx rax, rcx, 13": STATUS, "rorx edx, [rbx], 31": STATUS, "sarx rax, rcx, rdx": STATUS, "shlx eax, [rbx], ecx": STATUS,
+    "shrx rax, [rbx], rsi": STATUS, "adcx rax, [rbx]": STATUS, "adox eax, ecx": STATUS,
+}  # fmt: skip
+
+values = st.one_of(st.integers(0, 2**64 - 1), st.integers(0, 63).map(lambda n: 1 << n), st.sampled_from([0, 2**64 - 1, 2**32 - 1, 255]))
+
+
+@st.composite
+def operands(draw):
+    """A row: four registers, flags, and the memory; most of its bytes are made from one seed."""
+    registers = b"".join(draw(values).to_bytes(8, "little") for _ in GPRS)
+    flags = draw(st.integers(0, STATUS)) & STATUS | 2
+    memory = b"".join(draw(values).to_bytes(8, "little") for _ in range(2))
+    row = registers + flags.to_bytes(8, "little") + bytes(24) + memory
+    return row + random.Random(draw(st.integers(0, 2**32))).randbytes(ROW - len(row))
+
+
+def same_at_both_levels(table, rows, sse=False):
+    instructions = [*table]
+    got, counts = results(instructions, rows, "long", sse)
+    want, _ = results(instructions, rows, "user", sse)
+    for insn, mine, cpus, row_flags in zip(instructions, got, want, table.values(), strict=True):
+        for before, a, b in zip(rows, mine, cpus, strict=True):
+            flags_a, flags_b = (int.from_bytes(row[32:40], "little") & row_flags for row in (a, b))
+            assert a[:32] == b[:32] and a[40:] == b[40:] and flags_a == flags_b, (insn, before.hex(), a.hex(), b.hex())
+    return counts
+
+
+def has(insn):
+    """Whether CPL3 executes it."""
+    with Machine(pykvm.asm(f"{insn}; mov al, 0; out 0xf4, al", org=0x100000), mode="user", memory="2M") as machine:
+        try:
+            return machine.run(TIMEOUT).exit_code == 0
+        except GuestCrash:
+            return False
+
+
+rounds = settings(max_examples=3, deadline=None, database=None)
+
+
+@rounds
+@given(st.lists(operands(), min_size=8, max_size=8))
+def test_counting_bits(rows):
+    counts = same_at_both_levels(BITS, rows)
+    assert counts == ({"popcnt": 24, "crc32": 32} if probe.cpl0_emulated() else {})
+
+
+def test_bmi_and_adx():
+    if not has("andn eax, eax, eax") or not has("mulx eax, ecx, edx") or not has("adcx eax, eax"):
+        pytest.skip("a CPL3 program cannot execute BMI1, BMI2 and ADX here (probed)")
+
+    @rounds
+    @given(st.lists(operands(), min_size=8, max_size=8))
+    def compare(rows):
+        counts = same_at_both_levels(BMI, rows)
+        assert sum(counts.values()) == (8 * len(BMI) if probe.cpl0_emulated() else 0)
+
+    compare()
+
+
+# --- INT n and its like ----------------------------------------------------------------------------------------------
+
+IDT = 0x180000
+TRAP, INTERRUPT = 0x8F, 0x8E  # access bytes: present, DPL 0
+
+
+def gate(vector, access, bits, *, ist=0, selector=None):
+    """Code that makes a gate to ``handler``."""
+    at = IDT + (16 if bits == 64 else 8) * vector
+    selector = {64: 0x10, 32: 8}[bits] if selector is None else selector
+    return (
+        f"mov eax, offset handler; mov [{at}], ax; mov word ptr [{at + 2}], {selector}; mov word ptr [{at + 4}], {access << 8 | ist}; "
+        f"shr eax, 16; mov [{at + 6}], ax; "
+    )
+
+
+def at_the_handler(source, bits):
+    """(regs, sregs, the words on the stack) at ``handler``, and the address of ``here``."""
+    width = {64: 8, 32: 4, 16: 2}[bits]
+    mode, org = {64: ("long", 0x100000), 32: ("protected", 0x100000), 16: ("real", 0x7C00)}[bits]
+    table = f"idtr: .word 0xfff; .{'quad' if bits == 64 else 'long'} {IDT}; " if bits != 16 else ""
+    code = (
+        f'{source}; after: mov al, 1; out 0xf4, al; hlt; handler: mov al, 42; out 0xf4, al; hlt; {table} .ascii "HERE"; .long here, after'
+    )
+    binary = pykvm.asm(code, bits=bits, org=org)
+    at = binary.index(b"HERE") + 4
+    with Machine(binary, mode=mode, memory="2M") as machine:
+        machine.memory.write(0x110000, bytes.fromhex("00ffffff00000000"))
+        result = machine.run(TIMEOUT)
+        regs, sregs = machine.vcpu.get_regs(), machine.vcpu.get_sregs()
+        top = regs.rsp + (0 if bits == 64 else sregs.ss.base)
+        stack = [int.from_bytes(machine.memory.read(top + width * i, width), "little") for i in range(6)] if top < 0x1FFF00 else []
+        assert machine.memory.read(0x110000, 1) == b"\0"
+    return (
+        result.exit_code,
+        regs,
+        sregs,
+        stack,
+        int.from_bytes(binary[at : at + 4], "little"),
+        int.from_bytes(binary[at + 4 : at + 8], "little"),
+    )
+
+
+@pytest.mark.parametrize(("insn", "vector", "size"), [("int3", 3, 1), (".byte 0xcd, 3", 3, 2), ("int 0x80", 0x80, 2), (".byte 0xf1", 1, 1)])
+@pytest.mark.parametrize("access", [TRAP, INTERRUPT])
+@pytest.mark.parametrize("bits", [32, 64])
+def test_int_goes_through_its_gate(insn, vector, size, access, bits):
+    """The frame has the address behind the instruction, and an interrupt gate clears IF (SDM vol. 3 section 6.12.1.3)."""
+    source = f"{gate(vector, access, bits)} lidt [idtr]; mov esp, 0x170004; sti; stc; here: {insn}"
+    code, regs, sregs, stack, here, _ = at_the_handler(source, bits)
+    assert code == 42
+    assert stack[0] == here + size and stack[1] == (0x10 if bits == 64 else 8)
+    assert stack[2] & 0x201 == 0x201 and regs.rflags & 1  # IF and CF in the frame; CF stays
+    assert bool(regs.rflags & 0x200) == (access == TRAP)
+    assert regs.rsp == (0x170000 - 5 * 8 if bits == 64 else 0x170004 - 3 * 4)  # long mode aligns it
+    if bits == 64:
+        assert stack[3:5] == [0x170004, 0x18]
+    assert sregs.cs.dpl == 0 and sregs.cs.selector == stack[1]
+
+
+def test_int_through_an_interrupt_stack():
+    """IST1 of the TSS (SDM vol. 3 section 6.14.5)."""
+    tss = "mov rax, 0x160000; mov [0x181000 + 36], rax; "
+    descriptors = (
+        "mov rax, 0x00af9b000000ffff; mov [0x182010], rax; mov rax, 0x00cf93000000ffff; mov [0x182018], rax; "
+        "mov rax, 0x0000891810000067; mov [0x182020], rax; mov qword ptr [0x182028], 0; lgdt [gdtr]; mov eax, 0x20; ltr ax; "
+    )
+    source = (
+        f"{tss} {descriptors} {gate(0x30, INTERRUPT, 64, ist=1)} lidt [idtr]; here: int 0x30; jmp after; gdtr: .word 0x2f; .quad 0x182000"
+    )
+    code, regs, _, stack, here, _ = at_the_handler(source, 64)
+    assert (code, regs.rsp, stack[0], stack[3]) == (42, 0x160000 - 40, here + 2, 0x200000)
+
+
+@pytest.mark.parametrize("bits", [16, 32])
+@pytest.mark.parametrize("overflow", [False, True])
+def test_into(bits, overflow):
+    """INTO is vector 4 if OF is set, else nothing."""
+    table = (
+        "xor ax, ax; mov ds, ax; mov word ptr [16], offset handler; mov word ptr [18], 0; "
+        if bits == 16
+        else gate(4, TRAP, 32) + "lidt [idtr]; "
+    )
+    source = f"{table} mov al, {0x7F if overflow else 1}; inc al; mov {'sp' if bits == 16 else 'esp'}, 0x7000; here: .byte 0xce"
+    code, _, _, stack, here, _ = at_the_handler(source, bits)
+    assert code == (42 if overflow else 1)
+    if overflow:
+        assert stack[0] == here + 1
+
+
+@pytest.mark.parametrize(
+    ("access", "vector", "what"), [(0x0F, 11, "not present"), (0x85, 13, "no gate of long mode"), (0x8C, 13, "a call gate")]
+)
+def test_int_through_a_bad_gate_faults_at_the_instruction(access, vector, what):
+    """#NP or #GP with the gate's error code (SDM vol. 3 section 6.13): index, IDT, not external."""
+    bad = gate(0x31, access, 64)
+    source = f"{bad} {gate(vector, TRAP, 64)} lidt [idtr]; mov esp, 0x170000; here: int 0x31"
+    code, _, _, stack, here, _ = at_the_handler(source, 64)
+    assert code == 42, what
+    assert stack[:3] == [0x31 << 3 | 2, here, 0x10]
+
+
+@pytest.mark.parametrize(
+    ("insn", "error", "cr2"),
+    [
+        ("popcnt rax, [rbx]", 0, 0x8000000000),
+        ("popcnt rax, [rbx - 4]", None, 0x7FFFFFFFFC),
+        ("crc32 eax, byte ptr [rbx + 5]", 0, 0x8000000005),
+    ],
+)
+def test_page_faults_of_assisted_instructions(insn, error, cr2):
+    source = f"{gate(14, TRAP, 64)} lidt [idtr]; mov esp, 0x170000; mov rbx, 0x8000000000; here: {insn}"
+    code, _, sregs, stack, here, _ = at_the_handler(source, 64)
+    assert (code, stack[1], sregs.cr2) == (42, here, cr2)
+    assert error is None or stack[0] == error
+
+
+def test_a_trap_flag_stops_behind_the_instruction():
+    """#DB, with DR6.BS, once the instruction is done; INT n clears TF on the way (SDM vol. 3 section 17.3.1.4)."""
+    trap = "pushfq; or dword ptr [rsp], 0x100; mov ecx, 7; popfq"
+    source = f"{gate(1, INTERRUPT, 64)} lidt [idtr]; mov esp, 0x170000; {trap}; here: popcnt eax, ecx"
+    code, regs, _, stack, _, after = at_the_handler(source, 64)
+    assert code == 42 and stack[0] == after and stack[2] & 0x100 and not regs.rflags & 0x100
+
+
+def test_the_shadow_of_sti_ends():
+    """Interrupts may come in behind the instruction after STI: KVM is told that it is done."""
+    from pykvm.debug.control import Control
+
+    if not probe.single_step("long"):
+        pytest.skip("this host does not single-step CPL0 (probed)")
+    with Machine(pykvm.asm("sti; popcnt eax, ecx; nop; hlt", org=0x100000), mode="long", memory="2M") as machine:
+        control = Control(machine)
+        shadows = [(control.step(0, TIMEOUT).rip, machine.vcpu.get_vcpu_events().interrupt.shadow != 0) for _ in range(2)]
+    assert shadows == [(0x100001, True), (0x100005, False)]
+
+
+# --- the rules --------------------------------------------------------------------------------------------------------
+
+
+def test_without_assist_it_is_a_crash():
+    if not probe.cpl0_emulated():
+        pytest.skip("this host executes CPL0 code: KVM gives up on nothing here (probed)")
+    with Machine(pykvm.asm("popcnt eax, ecx; hlt", org=0x100000), mode="long", memory="2M", assist=False) as machine:
+        with pytest.raises(GuestCrash, match="emulator does not know `popcnt eax, ecx`"):
+            machine.run(TIMEOUT)
+        assert machine.result().assisted == {}
+
+
+def test_what_cannot_be_finished_says_why():
+    if not probe.cpl0_emulated():
+        pytest.skip("this host executes CPL0 code: KVM gives up on nothing here (probed)")
+    code = pykvm.asm("mov ebx, 0xd0100000; popcnt eax, [rbx]; hlt", org=0x100000)
+    with Machine(code, mode="long", memory="2M") as machine, pytest.raises(GuestCrash) as crash:
+        machine.run(TIMEOUT)
+    assert "user space did not finish it: it accesses 4 bytes of MMIO at gpa 0xd0100000" in crash.value.explanation
+
+
+def test_mmio_operands_reach_their_device():
+    """On every host: KVM's emulator does not know POPCNT, which is what it needs for MMIO."""
+
+    class Device:
+        def read(self, offset, size):
+            return 0xFF << 8 * offset
+
+    with Machine(
+        pykvm.asm("mov ebx, 0xd0100000; popcnt eax, dword ptr [rbx]; out 0xf4, al; hlt", org=0x100000), mode="long", memory="2M"
+    ) as machine:
+        machine.add_device(Device(), gpa=0xD0100000, length=8)
+        result = machine.run(TIMEOUT)
+    assert result.exit_code == 8
+    assert result.assisted == {"popcnt": 1}
+
+
+def test_a_fault_that_cannot_be_delivered_ends_the_run():
+    """No IDT: the #PF of an assisted instruction is a triple fault, or is told as what it is; nothing loops."""
+    code = pykvm.asm("mov rbx, 0x8000000000; popcnt eax, [rbx]; hlt", org=0x100000)
+    with Machine(code, mode="long", memory="2M") as machine, pytest.raises(GuestCrash, match="the PML4 entry is not present"):
+        machine.run(TIMEOUT)
+
+
+def test_a_step_ends_behind_an_assisted_instruction():
+    from pykvm.debug.control import Control
+
+    if not probe.single_step("long"):
+        pytest.skip("this host does not single-step CPL0 (probed)")
+    with Machine(pykvm.asm("mov ecx, 7; popcnt eax, ecx; nop; hlt", org=0x100000), mode="long", memory="2M") as machine:
+        control = Control(machine)
+        assert [control.step(0, TIMEOUT).rip for _ in range(3)] == [0x100005, 0x100009, 0x10000A]
