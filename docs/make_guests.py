@@ -25,6 +25,7 @@ ENDS = {
     "exit": "debug exit with code {exit}",
     "halted": "HLT",
     "crash": "a crash, which is what it shows",
+    "power-off": "power-off, by ACPI",
     "timeout": "never: the time limit stops it",
 }
 

@@ -36,7 +36,7 @@ ffi.cdef(_without_comments("bench.cdef"))
 _parts = ["runloop.c", "session.c", "migrate.c", "assist.c", "bench.c", "bench_irq.c", "bench_traps.c", "bench_mmu.c"]
 ffi.set_source(
     "pykvm._native",
-    '#include "kvm_compat.h"\n#include "runloop.h"\n#include "migrate.h"\n#include "assist.h"\n#include "bench.h"\n',
+    '#include <sys/mman.h>\n#include "kvm_compat.h"\n#include "runloop.h"\n#include "migrate.h"\n#include "assist.h"\n#include "bench.h"\n',
     include_dirs=[str(HERE)],
     sources=[str(HERE / part) for part in _parts],
     depends=[str(HERE / name) for name in ("kvm_compat.h", "runloop.h", "turn.h", "migrate.h", "assist.h", "bench.h", *_parts)],

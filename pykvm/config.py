@@ -15,11 +15,12 @@ if TYPE_CHECKING:
 
     from pykvm.loaders.image import ImageInfo
 
-__all__ = ["BACKINGS", "IRQCHIPS", "MAX_CPUS", "BlamesImage", "Config"]
+__all__ = ["BACKINGS", "IRQCHIPS", "MAX_CPUS", "PLATFORMS", "BlamesImage", "Config"]
 
 DEFAULT_MEMORY = "16M"
 BACKINGS = ("anonymous", "memfd", "hugetlb")
 IRQCHIPS = ("none", "kernel", "split")
+PLATFORMS = ("pykvm", "pc-test")
 MAX_CPUS = 254  # 8-bit APIC ids, less the broadcast and the IOAPIC's
 
 
@@ -43,6 +44,7 @@ class Config:
         cpus: int | None = None,
         irqchip: str | None = None,
         cpu: str | None = None,
+        platform: str | None = None,
         strict: bool = False,
         assist: bool = True,
     ) -> None:
@@ -50,16 +52,19 @@ class Config:
         self.data, self.info = data, info
         self.backing, self.entry, self.append = backing, entry, append
         self.strict, self.assist = strict, assist
-        asked = {"memory": memory, "entry": entry, "cpus": cpus, "irqchip": irqchip, "cpu": cpu}
+        asked = {"memory": memory, "entry": entry, "cpus": cpus, "irqchip": irqchip, "cpu": cpu, "platform": platform}
         self.chosen = {name for name, value in asked.items() if value is None}
         self.mode = mode_named(info.mode)
         with self.blames("memory"):
             self.memory = parse_size(memory if memory is not None else note.get("memory", DEFAULT_MEMORY))
             _check_memory_size(self.memory)
+        with self.blames("platform"):
+            self.platform = platform or note.get("platform") or "pykvm"
+            _check_platform(self.platform)
         with self.blames("cpus", "irqchip"):
             self.cpus = _check_cpus(note.get("cpus", "1") if cpus is None else cpus)
-            self.irqchip = irqchip or note.get("irqchip") or ("none" if self.cpus == 1 else "kernel")
-            _check_irqchip(self.irqchip, self.cpus)
+            self.irqchip = irqchip or note.get("irqchip") or ("none" if self.cpus == 1 and self.platform == "pykvm" else "kernel")
+            _check_irqchip(self.irqchip, self.cpus, self.platform)
         self.cpu = cpu or note.get("cpu")
 
     @classmethod
@@ -98,11 +103,18 @@ def _check_cpus(cpus: int | str) -> int:
     return int(cpus)
 
 
-def _check_irqchip(chip: str, cpus: int) -> None:
+def _check_platform(platform: str) -> None:
+    if platform not in PLATFORMS:
+        raise ConfigError(f"unknown platform {platform!r}: use one of {', '.join(PLATFORMS)}")
+
+
+def _check_irqchip(chip: str, cpus: int, platform: str) -> None:
     if chip not in IRQCHIPS:
         raise ConfigError(f"unknown irqchip {chip!r}: use one of {', '.join(IRQCHIPS)}")
     if chip == "none" and cpus > 1:
         raise ConfigError(f"{cpus} vCPUs need LAPICs to start each other: use irqchip kernel or split")
+    if chip == "none" and platform == "pc-test":
+        raise ConfigError("the platform pc-test has interrupt controllers, and tables that describe them: use irqchip kernel or split")
 
 
 def _check_memory_size(size: int) -> None:

@@ -62,6 +62,7 @@ class Machine:
     ``cpus``: vCPUs; those after the first wait for INIT and SIPI. ``pin``: each on a host CPU of its own. ``irqchip``: "none", "kernel"
     (PIC, IOAPIC, LAPICs and PIT in KVM) or "split" (LAPICs in KVM, the IOAPIC here); what the note asks for, else none, but with several
     vCPUs "kernel". ``cpu``: a CPU model (x86.cpumodel.CpuModel.parse), by default all that KVM offers.
+    ``platform``: "pykvm", or "pc-test", which is what kernels and firmware made for QEMU expect (pctest.py; its irqchip is "kernel").
     ``loop``: "native" or "python". ``stats``: record every exit. ``ledger``: keep every record, so many for each vCPU (True: 2**20), for
     the attribute ``ledger``. ``strict``: an access that nobody claims is a crash. ``assist``: finish instructions
     that KVM's emulator does not know (x86/assist/); False: they are a crash.
@@ -69,7 +70,7 @@ class Machine:
     attribute): called ten times a second or more while the guest runs.
 
     The parts are attributes: ``system``, ``vm``, ``vcpus``, ``vcpu`` (the first), ``memory``, ``bus``,
-    ``uart``, ``console``, ``post``, ``rtc``, ``info``.
+    ``uart``, ``console``, ``post``, ``rtc``, ``debug_port`` (what firmware logs, a Console), ``info``, ``pc`` (the platform's devices).
     Raises GuestImageError, ConfigError, KvmUnavailableError, KvmError.
     """
 
@@ -86,6 +87,7 @@ class Machine:
         pin: bool = False,
         irqchip: Literal["none", "kernel", "split"] | None = None,
         cpu: str | None = None,
+        platform: Literal["pykvm", "pc-test"] | None = None,
         loop: str = "native",
         stats: bool = False,
         ledger: int | bool = False,
@@ -105,6 +107,7 @@ class Machine:
             cpus=cpus,
             irqchip=irqchip,
             cpu=cpu,
+            platform=platform,
             strict=strict,
             assist=assist,
         )
@@ -155,7 +158,7 @@ class Machine:
         try:
             self.memory = origin.make_memory()
             self.vm = self.system.create_vm()
-            self._add_irqchip(config.irqchip)
+            self._add_irqchip(config.irqchip, config.platform)
             self.vm.add_memory(self.memory)
             self._add_vcpus(origin)
             self.console = Console(on_output=on_output)
@@ -175,10 +178,14 @@ class Machine:
         """The image's bytes."""
         return self.config.data
 
-    def _add_irqchip(self, chip: str) -> None:
+    def _add_irqchip(self, chip: str, platform: str) -> None:
         if chip == "kernel":
             self.vm.create_irqchip()
             self.vm.create_pit2()
+            if platform == "pc-test":
+                from pykvm.pctest import gsi_routes
+
+                self.vm.set_gsi_routing(gsi_routes())
         elif chip == "split":
             from pykvm.devices.ioapic import Ioapic
             from pykvm.irq import Route
@@ -254,8 +261,13 @@ class Machine:
 
     def _add_platform(self, poll_input: Callable[[], bytes] | None) -> None:
         irq = self.irq if self.vm.irqchip != "none" else None
-        self.pc = Pc(self.bus, self.memory, self.console, self.stop, irq, poll_input)
-        self.uart, self.post, self.rtc = self.pc.uart, self.pc.post, self.pc.rtc
+        platform: type[Pc] = Pc
+        if self.config.platform == "pc-test":
+            from pykvm.pctest import PcTest
+
+            platform = PcTest
+        self.pc = platform(self.bus, self.memory, self.console, self.stop, irq, poll_input, self.cpus)
+        self.uart, self.post, self.rtc, self.debug_port = self.pc.uart, self.pc.post, self.pc.rtc, self.pc.debug_port
         if self.info.mode == "user":
             self.bus.pio.add(EXCEPTION_REPORT, 4, ExceptionReport(self.stop))
         if self.ioapic is not None:

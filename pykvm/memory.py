@@ -11,7 +11,7 @@ import os
 from _weakref import ref
 from bisect import bisect_right
 
-from pykvm.abi import ffi
+from pykvm.abi import ffi, lib
 from pykvm.errors import ConfigError, GuestMemoryError, MemSlotError
 from pykvm.platform import MMIO_HOLE, MMIO_HOLE_END
 from pykvm.units import MIB, PAGE_SIZE, format_size, parse_size
@@ -201,6 +201,10 @@ class GuestMemory:
             gpa, size = gpa + step, size - step
         return True
 
+    def is_writable(self, gpa: int, size: int) -> bool:
+        """Whether the guest could write all of [gpa, gpa + size): what a device does for it has to ask."""
+        return self.contains(gpa, size) and not any(slot.readonly for slot, _, _ in self._pieces(gpa, size))
+
     # --- bytes and integers ------------------------------------------------------------------------------------------
 
     def _locate(self, gpa: int, size: int) -> tuple[MemSlot, int]:
@@ -355,6 +359,17 @@ class GuestMemory:
             self._written(slot, offset, size)
 
         self._views[key] = (ref(array, gone), slot, offset, size)
+
+    def flush_page(self, gpa: int) -> None:
+        """KVM forgets how it has mapped the page of ``gpa``: the guest's next access goes by its page tables. What is there stays.
+
+        It does so when the host's own mapping changes (an MMU notifier); mapped executable and back, the page is never out of reach.
+        """
+        slot = self.find(gpa)
+        if slot is not None and not memoryview(slot.map).readonly:
+            page = ffi.cast("void *", slot.hva + (gpa - slot.gpa) // PAGE_SIZE * PAGE_SIZE)
+            for protection in (mmap.PROT_READ | mmap.PROT_WRITE | mmap.PROT_EXEC, mmap.PROT_READ | mmap.PROT_WRITE):
+                lib.mprotect(page, PAGE_SIZE, protection)
 
     # --- numpy -------------------------------------------------------------------------------------------------------
 

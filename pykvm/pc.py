@@ -1,8 +1,12 @@
-"""The devices that every machine has, at the PC's own ports (platform.py): UART, RTC, debug ports, reset, and scratch registers."""
+"""The devices that every machine has, at the PC's own ports (platform.py): UART, RTC, debug ports, reset, and scratch registers.
+
+``Pc`` is the platform "pykvm"; pctest.py makes "pc-test" of it.
+"""
 
 from __future__ import annotations
 
 from pykvm.bus import Native
+from pykvm.console import Console
 from pykvm.devices.debugconsole import DebugConsole
 from pykvm.devices.debugexit import DebugExit
 from pykvm.devices.post import PostPort
@@ -30,15 +34,15 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from pykvm.bus import Bus
-    from pykvm.console import Console
     from pykvm.irq import IrqLine
     from pykvm.memory import GuestMemory
+    from pykvm.vm import VM
 
 __all__ = ["Pc"]
 
 
 class Pc:
-    """Puts the devices on ``bus``; ``uart``, ``post`` and ``rtc`` are attributes.
+    """Puts the devices on ``bus``; ``uart``, ``post`` and ``rtc`` are attributes, and ``debug_port``, what firmware has logged.
 
     ``stop(reason, code)`` ends the run; ``irq(gsi)`` gives an interrupt line, None without an irqchip; ``poll`` asks for console input.
     """
@@ -51,20 +55,38 @@ class Pc:
         stop: Callable[..., object],
         irq: Callable[[int], IrqLine] | None,
         poll: Callable[[], bytes] | None,
+        cpus: int,
     ) -> None:
         pio = bus.pio
+        self.debug_port = Console()
         self.uart = Uart16550(console.extend, None if irq is None else irq(COM1_GSI).set, poll=poll)
         self.post = PostPort()
-        self.rtc = Rtc(memory=memory.size, irq=None if irq is None else irq(RTC_GSI).set)
+        self.rtc = Rtc(memory=memory.size, irq=None if irq is None else irq(RTC_GSI).set, cpus=cpus)
         pio.add(COM1, 8, self.uart)
-        pio.add(DEBUG_CONSOLE, 1, DebugConsole(console), native=Native.append(console))
         pio.add(DEBUG_EXIT, 4, DebugExit(stop))
         pio.add(POST, 1, self.post)
         pio.add(RTC_INDEX, 2, self.rtc)
-        pio.add(RESET_CONTROL, 1, ResetControl(stop))
         pio.add(KBD_DATA, 5, KeyboardController(stop))
-        pio.add(SCRATCH_PORT, 8, Scratch(8))
         bus.mmio.add(SCRATCH_GPA, PAGE_SIZE, Scratch(PAGE_SIZE))
+        self._add_own(bus, memory, DebugConsole(console), ResetControl(stop), stop, irq, cpus)
+
+    def _add_own(
+        self,
+        bus: Bus,
+        memory: GuestMemory,
+        console: DebugConsole,
+        reset: ResetControl,
+        stop: Callable[..., object],
+        irq: Callable[[int], IrqLine] | None,
+        cpus: int,
+    ) -> None:
+        """What platforms do not have in common."""
+        bus.pio.add(DEBUG_CONSOLE, 1, console, native=Native.append(console.sink))
+        bus.pio.add(RESET_CONTROL, 1, reset)
+        bus.pio.add(SCRATCH_PORT, 8, Scratch(8))
+
+    def prepare(self, memory: GuestMemory, vm: VM, *, firmware: bool) -> None:
+        """What a guest finds in memory at its start, beside the image: nothing on this platform."""
 
     def tick(self) -> None:
         """Between two entries of the vCPU, now and then: time passes, and input comes in."""

@@ -1,4 +1,4 @@
-"""The one guest platform, as named constants: the guest physical map, I/O ports and GSIs.
+"""The guest platform, as named constants: the guest physical map, I/O ports and GSIs.
 
 Ports are the PC's own (and QEMU's for the debug devices), so that images written for those run here too.
 """
@@ -17,10 +17,22 @@ DEBUG_EXIT = 0xF4  # isa-debug-exit: the value written ends the run with that co
 SCRATCH_PORT = 0xE0  # eight ports that keep what is written
 HYPERCALL_PORT = 0x5E0  # pykvm: hypercalls through ports (devices/hypercall.py), 24 ports
 EXCEPTION_REPORT = 0xF8  # pykvm: the minimal kernel of user mode reports an exception frame here
+# of the PC test platform
+PORT_A = 0x92  # system control port A: A20, reset
+TEST_PORTS = 0xE0  # QEMU's pc-testdev: four ports that keep what is written
+TEST_FLUSH = 0xE4
+TEST_BYTES = 0xE8
+DEBUG_PORT = 0x402  # firmware's log (SeaBIOS)
+FW_CFG = 0x510  # QEMU's firmware configuration device, 12 ports
+ACPI_PM = 0x600  # ACPI's PM1 event block; control at + 4, timer at + 8
+PCI_CONFIG = 0xCF8  # address; data at + 4
+TEST_IRQ_LINES = 0x2000  # QEMU's pc-testdev: one port for each interrupt line
 
 # --- GSIs ------------------------------------------------------------------------------------------------------------
 COM1_GSI = 4
 RTC_GSI = 8
+SCI_GSI = 9  # ACPI events, on the PC test platform
+TIMER_PIN = 2  # where the PC test platform has the PIT's GSI 0 at the IOAPIC
 
 # --- Guest physical map ----------------------------------------------------------------------------------------------
 # 0x00000000  page 0 stays free: real-mode vectors, and in user mode it is unmapped so that a null pointer faults
@@ -37,9 +49,11 @@ CMDLINE_GPA = 0x8000  # the command line, NUL-terminated, one page; RSI points h
 PAGE_TABLES_GPA = 0x9000
 PAGE_TABLES_END = 0x9F000
 REAL_LOAD_GPA = 0x7C00
+BDA_GPA = 0x400  # the BIOS data area
 LOW_RAM_END = 0x9FC00  # what a PC calls conventional memory ends here
 EBDA_GPA, EBDA_END = 0x9FC00, 0xA0000  # the extended BIOS data area
 BIOS_GPA, BIOS_END = 0xE0000, 0x100000  # where guests look for the RSDP and the MP table, in steps of 16 bytes
+RSDP_GPA, MP_GPA, MP_TABLE_GPA = 0xF0000, 0xF0030, 0xF0040  # the other ACPI tables begin at BIOS_GPA
 LOAD_GPA = 0x100000
 
 MMIO_HOLE = 0xC000_0000  # RAM below this; devices between here and 4 GiB
@@ -47,6 +61,7 @@ MMIO_HOLE_END = 0x1_0000_0000
 SCRATCH_GPA = 0xD000_0000  # one page that keeps what is written, where every access exits
 HYPERCALL_GPA = 0xD001_0000  # the registers of HYPERCALL_PORT once more, as MMIO
 IOAPIC_GPA = 0xFEC0_0000
+TEST_MMIO_GPA = 0xFF00_0000  # QEMU's pc-testdev: 64 KiB that keep what is written
 LAPIC_GPA = 0xFEE0_0000
 IDENTITY_MAP_GPA = 0xFFFB_C000  # KVM_SET_IDENTITY_MAP_ADDR: one page (hosts without unrestricted guest)
 TSS_ADDR_GPA = 0xFFFB_D000  # KVM_SET_TSS_ADDR: three pages, directly above

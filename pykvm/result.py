@@ -16,21 +16,22 @@ __all__ = ["Result"]
 class Result:
     """What a run gave.
 
-    ``reason``: "halted" (HLT), "exit" (debug exit), "reset", "stopped" (stop() was called) or "timeout".
-    ``exit_code``: the debug exit's value, 0 when the guest halted, else None.
-    ``console``: what the guest has printed so far. ``exits``: exits by reason since the machine was made.
+    ``reason``: "halted" (HLT), "exit" (debug exit), "reset", "power-off", "stopped" (stop() was called) or "timeout".
+    ``exit_code``: the debug exit's value, 0 when the guest halted or powered off, else None.
+    ``console``: what the guest has printed so far. ``debug_port``: what its firmware has logged.
+    ``exits``: exits by reason since the machine was made.
     ``assisted``: instructions that KVM's emulator did not know and user space has finished, by mnemonic.
     ``unclaimed``: accesses that no device claimed, (space, address, size, is_write) to their number.
     ``stats``: with ``stats=True``, a row for each kind of exit (records.StatRow), else None.
     ``explanation``: where and why the guest was stopped by the time limit, else an empty string.
     """
 
-    __slots__ = ("_counts", "assisted", "console", "exit_code", "explanation", "reason", "stats", "unclaimed")
+    __slots__ = ("_counts", "assisted", "console", "debug_port", "exit_code", "explanation", "reason", "stats", "unclaimed")
 
     def __init__(self, machine: Machine, stop: Stop) -> None:
         self.reason = stop.reason
-        self.exit_code = stop.code if stop.reason == "exit" else 0 if stop.reason == "halted" else None
-        self.console = machine.console.text
+        self.exit_code = stop.code if stop.reason == "exit" else 0 if stop.reason in ("halted", "power-off") else None
+        self.console, self.debug_port = machine.console.text, machine.debug_port.text
         self._counts = machine.exit_counts()
         self.assisted = machine.assisted()
         self.unclaimed = dict(machine.bus.unclaimed)
@@ -50,6 +51,7 @@ class Result:
             "reason": self.reason,
             "exit_code": self.exit_code,
             "console": self.console,
+            "debug_port": self.debug_port,
             "exits": self.exits,
             "assisted": self.assisted,
             "unclaimed": [

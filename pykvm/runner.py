@@ -43,8 +43,8 @@ _FIRST_WRITE = 128  # slots 1 to 127 are reads, 128 to 253 writes
 
 
 class Stop:
-    """Why a run ended. ``reason``: "halted", "exit", "reset", "stopped", "timeout" or "crash"; ``code`` goes with "exit"; ``exit`` is
-    the exit that ended it, when one did, and ``vcpu`` the vCPU that it ended on."""
+    """Why a run ended. ``reason``: "halted", "exit", "reset", "power-off", "stopped", "timeout" or "crash"; ``code`` goes with "exit";
+    ``exit`` is the exit that ended it, when one did, and ``vcpu`` the vCPU that it ended on."""
 
     __slots__ = ("code", "exit", "reason", "vcpu")
 

@@ -6,10 +6,10 @@ when the machine is whole. This is one origin; a saved state is another (state/r
 
 from __future__ import annotations
 
-from pykvm.errors import ConfigError
+from pykvm.errors import ConfigError, GuestImageError
 from pykvm.loaders import load
 from pykvm.memory import GuestMemory
-from pykvm.platform import CMDLINE_GPA
+from pykvm.platform import BIOS_END, BIOS_GPA, CMDLINE_GPA
 from pykvm.units import PAGE_SIZE
 
 TYPE_CHECKING = False
@@ -65,10 +65,21 @@ class ImageOrigin:
     def fill(self, machine: Machine) -> None:
         """Load the image and put the first vCPU at its entry."""
         config = self.config
+        if config.platform != "pykvm":
+            _keep_out_of_tables(config.info)
+            with config.blames("memory"):
+                machine.pc.prepare(machine.memory, machine.vm, firmware=False)
         boot = machine.boot = load(config.info, config.data, machine.memory, config.entry)
         _write_command_line(config.info, machine.memory, config.append)
         with config.blames("entry"):
             config.mode.apply(machine.vcpu, machine.memory, boot.entry, boot.registers)
+
+
+def _keep_out_of_tables(info: ImageInfo) -> None:
+    for s in info.segments:
+        if s.gpa < BIOS_END and s.gpa + s.memsz > BIOS_GPA:
+            why = f"it covers gpa {max(s.gpa, BIOS_GPA):#x}, where the platform has its tables: link it elsewhere, or use --platform pykvm"
+            raise GuestImageError(info.path, s.header, why)
 
 
 def _write_command_line(info: ImageInfo, memory: GuestMemory, text: str) -> None:

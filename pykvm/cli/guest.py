@@ -31,6 +31,11 @@ MACHINE_OPTIONS = [
         "interrupt controllers; what the image asks for, else none, but with --cpus kernel",
         choices=("none", "kernel", "split"),
     ),
+    Option(
+        "--platform",
+        "devices around the CPUs; pc-test is what images made for QEMU expect; what the image asks for, else pykvm",
+        choices=("pykvm", "pc-test"),
+    ),
     Option("--cpu", "CPU model, such as haswell or 'host -avx2' (pykvm cpu lists them); all that this host's KVM offers", "MODEL"),
     Option("--pin", "run each vCPU on a host CPU of its own"),
     Option("--loop", "who handles exits first", default="native", choices=("python", "native")),

@@ -21,6 +21,7 @@ GROUPS = {
     "cpu": "CPUID, registers, extensions",
     "msr": "model-specific registers and hypercalls",
     "nested": "a hypervisor as the guest",
+    "platform": "the PC test platform: firmware's tables, fw_cfg, ACPI",
 }
 
 COMMAND = Command(

@@ -33,6 +33,7 @@ COMMAND = Command(
         Option("--ledger-exits", "how many exits of each vCPU the ledger has room for", "N", 1 << 20, whole),
         Option("--trace-exits", "with --ledger, the CPU's own exit reasons too: takes root and tracefs, and slows exits down"),
         Option("--shell-on-crash", "a crash or the time limit leads to a Python prompt (pykvm shell)"),
+        Option("--debug-port", "show what firmware logs on port 0x402 (platform pc-test), on stderr"),
         Option("--json", "one JSON object instead of text"),
         Option("--qemu-exit-status", "debug exit code n becomes status (n << 1) | 1, as with QEMU's isa-debug-exit"),
     ],
@@ -59,6 +60,8 @@ def main(argv: list[str]) -> int:
     )
     with machine:
         machine.on_heartbeat = output.flush
+        if o["debug_port"]:
+            machine.debug_port.on_output = _log
         crash = None
         interrupted = False
         try:
@@ -88,6 +91,14 @@ def main(argv: list[str]) -> int:
 
             interact(machine, repr(machine))
         return status
+
+
+def _log(data: bytes) -> None:
+    """What firmware logs, to stderr; where that cannot be written it is lost, as what say() says."""
+    try:
+        os.write(2, data)
+    except OSError:
+        pass
 
 
 def _check_ledger(path: str | None, trace: bool) -> None:

@@ -1,6 +1,7 @@
-"""The two ways a PC guest resets itself: the reset control register at 0xCF9 and the keyboard controller at 0x64.
+"""The ways a PC guest resets itself: the reset control register at 0xCF9, the keyboard controller at 0x64, system control port A at 0x92.
 
-Sources: Intel ICH datasheets, "Reset Control Register" (RST_CNT); IBM PC/AT technical reference, 8042 command 0xFE.
+Sources: Intel ICH datasheets, "Reset Control Register" (RST_CNT) and "Fast A20 and Init Register" (PORT92); IBM PC/AT technical reference,
+8042 command 0xFE.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-__all__ = ["KeyboardController", "ResetControl"]
+__all__ = ["KeyboardController", "PortA", "ResetControl"]
 
 RST_CPU = 1 << 2  # a 0 to 1 change of this bit resets; bit 1 chooses soft or hard, bit 3 a full power cycle
 _IDLE = 0x1C  # self test passed, not locked, last write was a command, both buffers empty: what a guest's probe wants to see
@@ -51,3 +52,23 @@ class KeyboardController:
         """Commands go to offset 4."""
         if offset == 4 and value & 0xFF == 0xFE:
             self.stop("reset", None)
+
+
+class PortA:
+    """System control port A, one byte at 0x92: bit 1 is the A20 gate, which gates nothing here, and bit 0 resets when it becomes 1."""
+
+    name = "system control port A"
+
+    def __init__(self, stop: Callable[[str, int | None], object]) -> None:
+        self.stop = stop
+        self.a20 = 2
+
+    def read(self, offset: int, size: int) -> int:
+        """The A20 bit; the reset bit reads as 0."""
+        return self.a20
+
+    def write(self, offset: int, size: int, value: int) -> None:
+        """Resets on bit 0."""
+        if value & 1:
+            self.stop("reset", None)
+        self.a20 = value & 2

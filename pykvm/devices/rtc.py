@@ -13,6 +13,8 @@ from __future__ import annotations
 
 import time
 
+from pykvm.platform import MMIO_HOLE
+
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -22,6 +24,7 @@ __all__ = ["Rtc"]
 SECONDS, SECONDS_ALARM, MINUTES, MINUTES_ALARM, HOURS, HOURS_ALARM, WEEKDAY, DAY, MONTH, YEAR = range(10)
 REG_A, REG_B, REG_C, REG_D = 10, 11, 12, 13
 CENTURY = 0x32
+CPUS_LESS_1 = 0x5F
 B_24H, B_BINARY, B_UPDATE, B_ALARM, B_PERIODIC, B_SET = 0x02, 0x04, 0x10, 0x20, 0x40, 0x80
 B_INTERRUPTS = B_UPDATE | B_ALARM | B_PERIODIC
 C_UPDATE, C_ALARM, C_PERIODIC, C_IRQ = 0x10, 0x20, 0x40, 0x80  # an enabled one of the first three makes the fourth
@@ -37,14 +40,16 @@ _LIMITS = {  # register -> smallest and largest value; of HOURS in 24-hour mode
 
 
 class Rtc:
-    """``now()`` gives seconds since the epoch (UTC); ``memory`` bytes of RAM go into the CMOS size registers, where BIOSes look.
+    """``now()`` gives seconds since the epoch (UTC); ``memory`` bytes of RAM and the number of ``cpus`` go into CMOS, where BIOSes look.
 
     ``irq(level)`` is its interrupt line (GSI 8 on a PC): high from when register C's IRQF is set until the guest reads that register.
     """
 
     name = "RTC"
 
-    def __init__(self, now: Callable[[], float] = time.time, memory: int = 0, irq: Callable[[int], object] | None = None) -> None:
+    def __init__(
+        self, now: Callable[[], float] = time.time, memory: int = 0, irq: Callable[[int], object] | None = None, cpus: int = 1
+    ) -> None:
         self.now, self.irq = now, irq
         self.index = 0
         self.ram = bytearray(128)
@@ -56,14 +61,16 @@ class Rtc:
         self._seen = self._time()  # up to here the flags are worked out
         self._level = 0
         self._store_size(memory)
+        self.ram[CPUS_LESS_1] = cpus - 1
 
     def _store_size(self, memory: int) -> None:
-        """CMOS memory size: 0x15 base KiB, 0x17 and 0x30 extended KiB, 0x34 above 16 MiB in 64 KiB (Bochs and QEMU agree)."""
+        """CMOS memory size: 0x15 base KiB, 0x17 and 0x30 extended KiB, 0x34 above 16 MiB and 0x5B above 4 GiB in 64 KiB."""
         base = min(640, memory >> 10)
         extended = min(0xFFFF, max(0, memory - (1 << 20)) >> 10)
-        above = min(0xFFFF, max(0, min(memory, 0xC000_0000) - (16 << 20)) >> 16)
-        for register, value in ((0x15, base), (0x17, extended), (0x30, extended), (0x34, above)):
-            self.ram[register : register + 2] = value.to_bytes(2, "little")
+        above = min(0xFFFF, max(0, min(memory, MMIO_HOLE) - (16 << 20)) >> 16)
+        high = min(0xFFFFFF, max(0, memory - MMIO_HOLE) >> 16)
+        for register, size, value in ((0x15, 2, base), (0x17, 2, extended), (0x30, 2, extended), (0x34, 2, above), (0x5B, 3, high)):
+            self.ram[register : register + size] = value.to_bytes(size, "little")
 
     def read(self, offset: int, size: int) -> int:
         """Offset 0 is the index (write only: all ones), offset 1 the data."""

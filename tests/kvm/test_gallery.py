@@ -56,7 +56,7 @@ def test_guest(name, loop, system):
             return
         result = machine.run(SHORT if note["end"] == "timeout" else TIMEOUT)
         assert result.reason == note["end"]
-        assert result.exit_code == {"exit": int(note.get("exit", 0)), "halted": 0, "timeout": None}[note["end"]]
+        assert result.exit_code == {"exit": int(note.get("exit", 0)), "halted": 0, "power-off": 0, "timeout": None}[note["end"]]
         assert note.get("console", "") in result.console
 
 

@@ -4,14 +4,20 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pykvm import GuestMemory
 from pykvm.console import Console
+from pykvm.devices.acpipm import AcpiPm
 from pykvm.devices.debugconsole import DebugConsole
 from pykvm.devices.debugexit import DebugExit
 from pykvm.devices.exceptionreport import ExceptionReport
+from pykvm.devices.fwcfg import LENGTH as FW_CFG_LENGTH
+from pykvm.devices.fwcfg import FwCfg
 from pykvm.devices.hypercall import LENGTH, HypercallPort
 from pykvm.devices.ioapic import Ioapic
+from pykvm.devices.pciconfig import PciConfig
+from pykvm.devices.pctestdev import BytePorts, EchoPorts, FlushPort, IrqLines
 from pykvm.devices.post import PostPort
-from pykvm.devices.reset import KeyboardController, ResetControl
+from pykvm.devices.reset import KeyboardController, PortA, ResetControl
 from pykvm.devices.rom import Rom
 from pykvm.devices.rtc import Rtc
 from pykvm.devices.scratch import Scratch
@@ -141,7 +147,58 @@ def hypercall():
     return Driven(device, LENGTH, (), check)
 
 
+def fw_cfg():
+    """With an access structure that the guest keeps changing, where 32-bit writes of small numbers find it."""
+    memory = GuestMemory.of_size("64K")
+    rom = memory.add(0x10000, 0x1000, readonly=True)
+    before = rom.map[:]
+    device = FwCfg(memory)
+    device.add_file("opt/x", bytes(1000))
+
+    def check():
+        assert device.selected in range(1 << 16) and device.offset >= 0 and device.address in range(1 << 64)
+        assert rom.map[:] == before
+
+    happen = (
+        lambda value: memory.write_u64(value % 0x1FF * 8, value),
+        lambda value: memory.write(0, (value & 0xFFFFFFFF).to_bytes(4, "big") + bytes(2) + (value & 0xFFFF).to_bytes(2, "big") + bytes(8)),
+    )
+    return Driven(device, FW_CFG_LENGTH, happen, check)
+
+
+def acpi_pm():
+    line, clock, stopped = Line(), [0], []
+    device = AcpiPm(lambda reason, code: stopped.append(reason), line, lambda: clock[0])
+
+    def check():
+        assert line.level == bool(device.status & device.enable)
+        assert device.status & ~0x101 == 0 and device.enable & ~0x521 == 0 and device.control & ~0x1C00 == 0
+        assert set(stopped) <= {"power-off"}
+
+    def pass_time(value):
+        clock[0] += value % 10_000_000_000
+
+    return Driven(device, 12, (lambda value: device.tick(), lambda value: device.press_power_button(), pass_time), check)
+
+
+def byte_ports():
+    console, echo = Console(limit=64), EchoPorts()
+
+    def check():
+        assert len(echo.bytes) == 4
+
+    return Driven(BytePorts(echo, DebugConsole(console)), 4, (lambda value: echo.write(0, 4, value & 0xFFFFFFFF),), check)
+
+
 DEVICES = {
+    "fw_cfg": fw_cfg,
+    "ACPI PM": acpi_pm,
+    "byte ports": byte_ports,
+    "test ports": plain(EchoPorts, 4),
+    "flush": plain(lambda: FlushPort(ignore), 4),
+    "interrupt lines": plain(lambda: IrqLines(ignore), 24),
+    "PCI configuration": plain(lambda: PciConfig(ResetControl(ignore)), 8),
+    "port A": plain(lambda: PortA(ignore), 1),
     "debug console": plain(lambda: DebugConsole(Console(limit=64)), 1),
     "debug exit": plain(lambda: DebugExit(ignore), 4),
     "exception report": plain(lambda: ExceptionReport(ignore), 4),

@@ -1,0 +1,103 @@
+"""ACPI's fixed hardware: the PM1 event and control registers and the PM timer, as on QEMU's PCs at port 0x600.
+
+| offset | width |                                                                                                 |
+|--------|-------|-------------------------------------------------------------------------------------------------|
+| 0      | 16    | PM1 status: 0 the timer's bit 23 has changed, 8 power button, 10 RTC; writing a 1 clears        |
+| 2      | 16    | PM1 enable: the same bits; a pair of ones raises the SCI                                        |
+| 4      | 16    | PM1 control: bit 0 SCI_EN (always on), 10 to 12 the sleep type, 13 goes to sleep                |
+| 8      | 32    | the timer, 3.579545 MHz, 24 bits; read only                                                     |
+
+Sleep type 0 is S5, as on QEMU's PC: the run ends as "power-off". There are no other sleep states.
+The timer's status bit is worked out when somebody looks and at each ``tick()``. Source: ACPI 6.5 sections 4.8.1 to 4.8.3.
+"""
+
+from __future__ import annotations
+
+import time
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+__all__ = ["AcpiPm"]
+
+LENGTH = 12
+STATUS, ENABLE, CONTROL, TIMER = 0, 2, 4, 8
+TMR, GBL, PWRBTN, RTC_WAKE = 1 << 0, 1 << 5, 1 << 8, 1 << 10
+EVENTS = TMR | GBL | PWRBTN | RTC_WAKE
+SCI_EN, SLP_TYP, SLP_EN = 1 << 0, 7 << 10, 1 << 13
+TIMER_HZ = 3579545
+TIMER_BITS = 24
+S5 = 0  # the sleep type that the DSDT's \_S5 names
+
+
+class AcpiPm:
+    """``stop("power-off", None)`` ends the run; ``irq(level)`` is the SCI's line; ``now()`` gives nanoseconds that only rise."""
+
+    name = "ACPI PM"
+
+    def __init__(
+        self,
+        stop: Callable[[str, int | None], object],
+        irq: Callable[[int], object] | None = None,
+        now: Callable[[], int] = time.monotonic_ns,
+    ) -> None:
+        self.stop, self.irq, self.now = stop, irq, now
+        self.start = now()
+        self.status = self.enable = self.control = 0
+        self._carries = 0  # how often the timer's top bit had changed when somebody looked last
+        self._level = 0
+
+    @property
+    def timer(self) -> int:
+        """The timer's ticks since the machine was made, without the 24 bits' wrap."""
+        return max(0, self.now() - self.start) * TIMER_HZ // 1_000_000_000
+
+    def press_power_button(self) -> None:
+        """The guest is asked to power off, if it has ACPI and looks."""
+        self.status |= PWRBTN
+        self._update_irq()
+
+    def tick(self) -> None:
+        """To be called now and then, from the thread that runs the guest: the timer's status bit and its SCI come."""
+        carries = self.timer >> TIMER_BITS - 1
+        if carries != self._carries:
+            self._carries = carries
+            self.status |= TMR
+        self._update_irq()
+
+    def read(self, offset: int, size: int) -> int:
+        """A register, or several bytes of them."""
+        if offset == TIMER and size == 4:  # what guests do all the time
+            return self.timer & (1 << TIMER_BITS) - 1
+        self.tick()
+        registers = self.status | self.enable << 16 | (self.control | SCI_EN) << 32 | (self.timer & (1 << TIMER_BITS) - 1) << 64
+        return registers >> 8 * offset & (1 << 8 * size) - 1
+
+    def write(self, offset: int, size: int, value: int) -> None:
+        """A register; an 8-bit or 32-bit access is that part of them."""
+        for i in range(size):
+            self._write(offset + i, value >> 8 * i & 0xFF)
+        self.tick()
+
+    def _write(self, offset: int, byte: int) -> None:
+        shift = 8 * (offset & 1)
+        if offset & ~1 == STATUS:
+            self.tick()
+            self.status &= ~(byte << shift)
+        elif offset & ~1 == ENABLE:
+            self.enable = (self.enable & ~(0xFF << shift) | byte << shift) & EVENTS
+        elif offset & ~1 == CONTROL:
+            self.control = (self.control & ~(0xFF << shift) | byte << shift) & SLP_TYP
+            if byte << shift & SLP_EN and self.control & SLP_TYP == S5 << 10:
+                self.stop("power-off", None)
+
+    def _update_irq(self) -> None:
+        level = 1 if self.status & self.enable else 0
+        if level != self._level:
+            self._level = level
+            if self.irq is not None:
+                self.irq(level)
+
+    def __repr__(self) -> str:
+        return f"<ACPI PM status {self.status:#x} enable {self.enable:#x} timer {self.timer & (1 << TIMER_BITS) - 1:#x}>"
