@@ -16,27 +16,29 @@ from pykvm.errors import ConfigError, GuestCrash
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from typing import Any
+
     from pykvm.machine import Machine
     from pykvm.records import StatRow
     from pykvm.result import Result
 
+RUN_OPTIONS = [
+    TIME_LIMIT,
+    Option("--stats", "a table of the exits: count, total and median time"),
+    Option("--ledger", "record every exit in FILE.npy, which pykvm ledger shows and numpy.load reads", "FILE.npy"),
+    Option("--ledger-exits", "how many exits of each vCPU the ledger has room for", "N", 1 << 20, whole),
+    Option("--trace-exits", "with --ledger, the CPU's own exit reasons too: takes root and tracefs, and slows exits down"),
+    Option("--shell-on-crash", "a crash or the time limit leads to a Python prompt (pykvm shell)"),
+    Option("--debug-port", "show what firmware logs on port 0x402 (platform pc-test), on stderr"),
+    Option("--json", "one JSON object instead of text"),
+    Option("--qemu-exit-status", "debug exit code n becomes status (n << 1) | 1, as with QEMU's isa-debug-exit"),
+]
 COMMAND = Command(
     "run",
     "IMAGE",
     "Run a guest until it halts, exits, crashes or its time is up. IMAGE is a gallery name (pykvm guests) or a file:\n"
     "ELF32 or ELF64, or a flat binary. The guest's console (COM1 and port 0xe9) is stdout, stdin is its input.",
-    [
-        *MACHINE_OPTIONS,
-        TIME_LIMIT,
-        Option("--stats", "a table of the exits: count, total and median time"),
-        Option("--ledger", "record every exit in FILE.npy, which pykvm ledger shows and numpy.load reads", "FILE.npy"),
-        Option("--ledger-exits", "how many exits of each vCPU the ledger has room for", "N", 1 << 20, whole),
-        Option("--trace-exits", "with --ledger, the CPU's own exit reasons too: takes root and tracefs, and slows exits down"),
-        Option("--shell-on-crash", "a crash or the time limit leads to a Python prompt (pykvm shell)"),
-        Option("--debug-port", "show what firmware logs on port 0x402 (platform pc-test), on stderr"),
-        Option("--json", "one JSON object instead of text"),
-        Option("--qemu-exit-status", "debug exit code n becomes status (n << 1) | 1, as with QEMU's isa-debug-exit"),
-    ],
+    [*MACHINE_OPTIONS, *RUN_OPTIONS],
     [
         "pykvm run hello --stats",
         "pykvm run boot.bin --mode real --memory 1M",
@@ -48,16 +50,23 @@ COMMAND = Command(
 def main(argv: list[str]) -> int:
     """Run it; returns the exit status."""
     (image,), o = COMMAND.parse(argv, 1, 1)
-    _check_ledger(o["ledger"], o["trace_exits"])
+    check_ledger(o)
     output = Output()
-    machine = open_machine(
-        image,
-        o,
-        stats=o["stats"],
-        ledger=o["ledger_exits"] if o["ledger"] else False,
-        on_output=None if o["json"] else output.write,
-        poll_input=Input(output).poll,
-    )
+    return finish(open_machine(image, o, **options_of(o, output)), o, output)
+
+
+def options_of(o: dict[str, Any], output: Output) -> dict[str, Any]:
+    """The arguments of Machine that come of RUN_OPTIONS."""
+    return {
+        "stats": o["stats"],
+        "ledger": o["ledger_exits"] if o["ledger"] else False,
+        "on_output": None if o["json"] else output.write,
+        "poll_input": Input(output).poll,
+    }
+
+
+def finish(machine: Machine, o: dict[str, Any], output: Output) -> int:
+    """Run a machine as RUN_OPTIONS say, report, and close it; returns the exit status."""
     with machine:
         machine.on_heartbeat = output.flush
         if o["debug_port"]:
@@ -101,10 +110,11 @@ def _log(data: bytes) -> None:
         pass
 
 
-def _check_ledger(path: str | None, trace: bool) -> None:
+def check_ledger(o: dict[str, Any]) -> None:
     """Where the ledger cannot be written is said before the guest runs, not after."""
+    path = o["ledger"]
     if path is None:
-        if trace:
+        if o["trace_exits"]:
             raise ConfigError("--trace-exits adds to a ledger: give --ledger FILE.npy too")
         return
     special = os.path.exists(path) and not os.path.isfile(path)  # such as /dev/null; a file is replaced, which its folder must allow
