@@ -321,12 +321,18 @@ static ALWAYS_INLINE int act_quickly(const struct pykvm_vcpu *v, struct kvm_run 
 }
 
 /* Where the time of an exit's answer ends and that of the next KVM_RUN begins: one reading of the clock is both. The page fault that
- * the first record in a page costs comes between them, and is in nobody's time. Returns that reading, 0 when the ring is full. */
-static inline uint64_t next_record(struct pykvm_ring *ring)
+ * the first record in a page costs comes between them, and is in nobody's time. So does what a trace
+ * keeps of the last exit. Returns that reading, 0 when the ring is full, or when Python has to look at that exit now. */
+static inline uint64_t next_record(const struct pykvm_vcpu *v, struct pykvm_ring *ring)
 {
 	uint64_t now = pykvm_rdtsc();
 
 	close_record(ring, now);
+	if (ring->moments) {
+		if (!pykvm_keep_moment(v, ring))
+			return 0;
+		now = pykvm_rdtsc();
+	}
 	if (ring->used == ring->capacity)
 		return ring->keep ? now : 0;
 	if (ring->used % PYKVM_RECORDS_IN_A_PAGE == 0) {
@@ -348,7 +354,7 @@ static ALWAYS_INLINE uint64_t run_recording(struct pykvm_vcpu *v, struct pykvm_r
 
 	for (;;) {
 		if (ring) {
-			before = next_record(ring);
+			before = next_record(v, ring);
 			if (!before)
 				return PYKVM_DRAIN;
 		}
@@ -491,7 +497,7 @@ int pykvm_run_once(struct pykvm_vcpu *v, uint64_t first_ns, uint64_t interval_ns
 	table = v->table;
 	ring = v->ring;
 	v->table = NULL;
-	if (ring && ring->used == ring->capacity && !ring->keep)
+	if (ring && ((ring->used == ring->capacity && !ring->keep) || (ring->moments && !pykvm_keep_moment(v, ring))))
 		v->ring = NULL;
 	if (v->stashed) {
 		v->stashed = 0;

@@ -91,8 +91,44 @@ struct pykvm_ring {
 	struct pykvm_record *data;
 	struct pykvm_record *open;	/* the last exit's, which may still wait for its answer; NULL when that exit has none here */
 	uint64_t lost;			/* exits that found no room */
+	struct pykvm_moments *moments;	/* where trace.c keeps more of each exit; NULL: nowhere */
 	uint32_t keep;			/* a full ring loses what comes; without this it stops the loop until Python has emptied it */
 	uint32_t reserved;
+};
+
+/* Where code of the guest's lies in this process: a page by its linear address, for as long as the entries of the page tables that lead to it
+ * are what they were. */
+struct pykvm_code_page {
+	uint64_t gva, cr0, cr3, cr4, efer;
+	const uint8_t *host;		/* NULL: the guest has no memory there */
+	const uint8_t *entry[5];	/* the entries, in this process; NULL: not there */
+	uint64_t value[5];		/* and what was in them */
+	uint32_t entries, entry_size;
+	uint32_t known, reserved;
+};
+
+#define PYKVM_CODE_PAGES 64	/* a power of two */
+#define PYKVM_CODE_BEFORE 48	/* bytes before RIP: some hosts leave it behind the instruction, and what is before that tells where it begins */
+#define PYKVM_CODE_SIZE 64
+#define PYKVM_DETAIL 256	/* bytes, as many as the union in struct kvm_run has */
+
+/* An exit's registers, the code around RIP, and what else the kernel says of it. All of one moment: just before the next KVM_RUN. */
+struct pykvm_moment {
+	struct kvm_regs regs;
+	struct kvm_sregs sregs;
+	uint64_t code_gva;		/* the linear address of code */
+	uint32_t code_first, code_end;	/* which bytes of it are there */
+	uint32_t detail_size, reserved;
+	uint8_t code[PYKVM_CODE_SIZE];
+	uint8_t detail[PYKVM_DETAIL];	/* of PIO and MMIO with a count the elements, else the union in struct kvm_run */
+};
+
+/* The moments of a ring's records. */
+struct pykvm_moments {
+	struct pykvm_moment *data;	/* as many as the ring has records */
+	uint32_t used;			/* records that have theirs */
+	uint32_t reserved;
+	struct pykvm_code_page pages[PYKVM_CODE_PAGES];
 };
 
 /* What a step touches lies together: after an exit the TLB is cold, and each page costs. */
@@ -148,5 +184,7 @@ void pykvm_forget(struct pykvm_vcpu *v);
 void pykvm_kick(struct pykvm_vcpu *v);
 void pykvm_handled(struct pykvm_vcpu *v);
 uint64_t pykvm_rdtsc(void);
+int pykvm_keep_moment(const struct pykvm_vcpu *v, const struct pykvm_ring *ring);
+int pykvm_keep_code(const struct pykvm_moments *all, struct pykvm_moment *m);
 
 #endif

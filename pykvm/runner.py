@@ -338,6 +338,9 @@ class Runner:
         if isinstance(exit, exits.Intr):
             self.sync_table()
             self._read_messages()
+            if self.ring is not None and self.on_records is not None:
+                lib.pykvm_handled(self.vcpu.native)
+                self.on_records(self.ring)
             if self.on_heartbeat is not None:
                 self.on_heartbeat()
             self._pause()

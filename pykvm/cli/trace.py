@@ -32,7 +32,6 @@ COMMAND = Command(
         Option("--watch", "report what changes in guest physical memory between exits", "GPA:LEN", many=True),
         Option("--regs", "the general registers at each exit too"),
         Option("--limit", "stop after so many lines", "N", None, whole),
-        Option("--fast", "look at exits in batches: a few µs an exit less, but registers are not those of the exit"),
         Option("--html", "write a page that shows it all to FILE", "FILE"),
         *MACHINE_OPTIONS,
         TIME_LIMIT,
@@ -62,9 +61,9 @@ def main(argv: list[str]) -> int:
             until=o["until"],
             watch=o["watch"],
             step=o["step"],
-            exact=not o["fast"] or o["regs"] or bool(o["html"]),
             limit=o["limit"],
         )
+        machine.on_heartbeat = sys.stdout.flush
         crash, interrupted = None, False
         if o["html"]:
             from pykvm.debug.trace_html import Report

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from pykvm.bus import Bus, Range
     from pykvm.debug.trace import Event
 
-__all__ = ["Access", "describe"]
+__all__ = ["Access", "Names"]
 
 _UART = {0: ("RBR", "THR"), 1: "IER", 2: ("IIR", "FCR"), 3: "LCR", 4: "MCR", 5: "LSR", 6: "MSR", 7: "SCR"}
 _UART_DLAB = {0: "DLL", 1: "DLM"}
@@ -47,29 +47,53 @@ class Access:
         return f"{self.device} {self.register}".rstrip()
 
 
-def describe(bus: Bus, event: Event) -> Access:
-    """What an access reaches. Device state that decides (the UART's DLAB, the RTC's index) is that of now."""
-    space = bus.pio if event.is_pio else bus.mmio
-    claimed = space.find(event.qualifier, max(event.size, 1))
-    if claimed is None:
-        known = _PORTS.get(event.qualifier, "") if event.is_pio else ""
-        where = f"port {event.qualifier:#x}" if event.is_pio else f"gpa {event.qualifier:#x}"
-        return Access(known or where, "", "no device")
-    return _named(claimed, event.qualifier - claimed.base, event)
+class Names:
+    """Names what the accesses of one bus reach, event after event. What decides (the UART's DLAB, the RTC's index) is followed, since a
+    device may be further by the time an event is looked at."""
+
+    def __init__(self, bus: Bus) -> None:
+        self.bus = bus
+        self._version = -1
+        self._values: dict[int, int] = {}  # port of a register that decides -> its value
+        self._look()
+
+    def _look(self) -> None:
+        pio = self.bus.pio
+        self._version = pio.version
+        decide = {c.base + 3: getattr(c.device, "lcr", 0) for c in pio.ranges if c.name == "UART"}
+        decide |= {c.base: getattr(c.device, "index", 0) for c in pio.ranges if c.name == "RTC"}
+        self._values = {port: self._values.get(port, value) for port, value in decide.items()}
+
+    def see(self, event: Event) -> None:
+        """Every event comes by here, in order."""
+        if self.bus.pio.version != self._version:
+            self._look()
+        if event.is_write and event.qualifier in self._values and event.is_pio:
+            self._values[event.qualifier] = event.value
+
+    def describe(self, event: Event) -> Access:
+        """What an access reaches, for an event that was the last to be seen."""
+        space = self.bus.pio if event.is_pio else self.bus.mmio
+        claimed = space.find(event.qualifier, max(event.size, 1))
+        if claimed is None:
+            known = _PORTS.get(event.qualifier, "") if event.is_pio else ""
+            where = f"port {event.qualifier:#x}" if event.is_pio else f"gpa {event.qualifier:#x}"
+            return Access(known or where, "", "no device")
+        decides = self._values.get(claimed.base + (3 if claimed.name == "UART" else 0), 0)
+        return _named(claimed, event.qualifier - claimed.base, event, decides)
 
 
-def _named(claimed: Range, offset: int, event: Event) -> Access:
+def _named(claimed: Range, offset: int, event: Event, decides: int) -> Access:
     device, write, value, name = claimed.device, bool(event.is_write), event.value, claimed.name
     table: dict[int, Any] | None = getattr(device, "register_names", None)
     if isinstance(table, dict):
         return Access(name, _pick(table, offset, write) or f"+{offset:#x}")
     if name == "UART":
-        return _uart(_COM.get(claimed.base, name), device, offset, write, value)
+        return _uart(_COM.get(claimed.base, name), bool(decides & 0x80), offset, write, value)
     if name == "RTC":
         if offset == 0:
             return Access("RTC", "index", _CMOS.get(value & 0x7F, f"CMOS byte {value & 0x7F:#x}"))
-        register = getattr(device, "index", 0) & 0x7F
-        return Access("RTC", _CMOS.get(register, f"CMOS byte {register:#x}"))
+        return Access("RTC", _CMOS.get(decides & 0x7F, f"CMOS byte {decides & 0x7F:#x}"))
     if name == "IOAPIC":
         return Access(name, _IOAPIC.get(offset, f"+{offset:#x}"))
     if name == "debug console":
@@ -92,8 +116,7 @@ def _pick(table: dict[int, Any], offset: int, write: bool) -> str:
     return str(found[1 if write else 0] if isinstance(found, tuple) else found)
 
 
-def _uart(name: str, device: Any, offset: int, write: bool, value: int) -> Access:
-    dlab = bool(getattr(device, "lcr", 0) & 0x80)
+def _uart(name: str, dlab: bool, offset: int, write: bool, value: int) -> Access:
     register = _pick(_UART_DLAB, offset, write) if dlab and offset < 2 else _pick(_UART, offset, write)
     if register in ("THR", "RBR"):
         return Access(name, register, _character(value))

@@ -62,7 +62,6 @@ def run_until(machine: Machine, condition: str, timeout: float | None) -> str:
     from pykvm.debug.tracefilter import Condition
     from pykvm.debug.where import Locator
 
-    wanted = Condition(condition, machine.bus, Locator(machine))
     found = False
 
     def look(event: Event) -> None:
@@ -71,7 +70,9 @@ def run_until(machine: Machine, condition: str, timeout: float | None) -> str:
             found = True
             machine.stop("until")
 
-    with Capture(machine, look):
+    capture = Capture(machine, look, batch=1)
+    wanted = Condition(condition, capture.names, Locator(machine))
+    with capture:
         try:
             reason = machine.run(timeout, explain=False).reason
             return "until" if found else reason

@@ -9,7 +9,6 @@ from __future__ import annotations
 from time import monotonic
 
 from pykvm.abi import ffi
-from pykvm.debug.names import describe
 from pykvm.debug.reach import raise_crash, run_to
 from pykvm.debug.trace import Event
 from pykvm.debug.trace_text import Formatter, printable
@@ -175,8 +174,9 @@ def _finish(step: Step, before: CpuView, after: CpuView, formatter: Formatter, e
     if event is not None:
         if not event.is_write and event.is_pio:
             event.value = int(after.regs.rax) & (1 << 8 * event.size) - 1
+        formatter.names.see(event)
         known = event.is_write or event.is_pio or not event.size
-        step.exit = formatter.what(event) if known else f"{describe(formatter.bus, event)} -> (read)"
+        step.exit = formatter.what(event) if known else f"{formatter.names.describe(event)} -> (read)"
 
 
 def writes(view: CpuView, place: Place) -> list[tuple[int, int]]:
@@ -249,7 +249,7 @@ class _Ring:
         self.ring.cdata.used = 0
         vcpu = self.runner.vcpu
         for at in range(0, len(records), size):
-            event = Event(0, records[at : at + size], b"", vcpu, False)
+            event = Event(0, records[at : at + size], b"", vcpu)
             if event.reason not in (4, 10):
                 return event
         return None

@@ -7,7 +7,6 @@
 
 from __future__ import annotations
 
-from pykvm.debug.names import describe
 from pykvm.debug.tracefilter import name_of
 from pykvm.exit_reason import reason_name
 
@@ -45,14 +44,14 @@ class Formatter:
 
     def __init__(self, capture: Capture, locator: Locator) -> None:
         self.capture, self.locator = capture, locator
-        self.bus = capture.machine.bus
+        self.names = capture.names
         self.several = capture.machine.cpus > 1
 
     def what(self, event: Event) -> str:
         """What the exit was about: ``COM1 THR <- 0x48 'H'``."""
         if not event.size:
             return self._other(event)
-        access = describe(self.bus, event)
+        access = self.names.describe(event)
         arrow = "<-" if event.is_write else "->"
         if event.count > 1:
             data = event.data or event.value.to_bytes(8, "little")[: event.size]
@@ -66,12 +65,12 @@ class Formatter:
         name = reason_name(event.reason)
         if name in ("X86_RDMSR", "X86_WRMSR"):
             msr = f"{_MSR_NAMES[event.qualifier]} ({event.qualifier:#x})" if event.qualifier in _MSR_NAMES else f"{event.qualifier:#x}"
-            value = f" {'<-' if event.is_write else '->'} {event.value:#x}" if event.exact else ""
-            return f"MSR {msr}{value}"
+            return f"MSR {msr} {'<-' if event.is_write else '->'} {event.value:#x}"
         if name == "SHUTDOWN":
             return "SHUTDOWN: triple fault"
-        if event.exit is not None and type(event.exit).__match_args__:
-            return f"{name}: {event.exit!r}"
+        exit = event.exit
+        if type(exit).__match_args__:
+            return f"{name}: {exit!r}"
         return f"{name} {event.qualifier:#x}" if event.qualifier else name
 
     def line(self, event: Event) -> str:
@@ -88,7 +87,7 @@ class Formatter:
     def as_dict(self, event: Event, *, registers: bool = False) -> dict[str, Any]:
         """One event for JSON."""
         place = self.locator.place(event)
-        access = describe(self.bus, event) if event.size else None
+        access = self.names.describe(event) if event.size else None
         about: dict[str, Any] = {
             "n": event.n,
             "time_ns": round(self.capture.time(event)),

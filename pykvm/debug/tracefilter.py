@@ -13,7 +13,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from pykvm.bus import Bus
+    from pykvm.debug.names import Names
     from pykvm.debug.trace import Event
     from pykvm.debug.where import Locator
 
@@ -43,9 +43,9 @@ def is_condition(text: str) -> bool:
 class Condition:
     """``matches(event)``. Raises ConfigError for what makes no sense."""
 
-    def __init__(self, text: str, bus: Bus, locator: Locator | None = None) -> None:
+    def __init__(self, text: str, names: Names, locator: Locator | None = None) -> None:
         self.text = text
-        self._bus, self._locator = bus, locator
+        self._names, self._locator = names, locator
         self._tests: list[Test] = []
         if text.isdecimal():
             number = int(text)
@@ -80,9 +80,7 @@ class Condition:
             write = value in ("out", "write")
             return lambda e: bool(e.size) and bool(e.is_write) == write
         if key == "device":
-            from pykvm.debug.names import describe
-
-            return lambda e: bool(e.size) and value.lower() in str(describe(self._bus, e)).lower()
+            return lambda e: bool(e.size) and value.lower() in str(self._names.describe(e)).lower()
         if key == "symbol":
             locator = self._locator
             if locator is None:

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from pykvm.debug.reach import address_of, run_to
-from pykvm.debug.trace import Capture, Event
+from pykvm.debug.trace import BATCH, Capture, Event
 from pykvm.debug.tracefilter import Condition, is_condition
 from pykvm.debug.where import Locator
 from pykvm.errors import ConfigError, GuestMemoryError
@@ -102,20 +102,20 @@ class Tracer:
         until: str | None = None,
         watch: Iterable[str] = (),
         step: bool = False,
-        exact: bool = True,
         limit: int | None = None,
         sink: Callable[[Item], object] = lambda item: None,
     ) -> None:
         self.machine, self.sink, self.limit = machine, sink, limit
         self.locator = Locator(machine)
-        self.filters = [Condition(text, machine.bus, self.locator) for text in filters]
+        watched, prompt = list(watch), until is not None and is_condition(until)
+        # The guest must not go on before these have been seen to: memory is looked at after each exit, and the run ends at one.
+        self.capture = Capture(machine, self._event, batch=1 if watched or prompt or limit is not None else BATCH)
+        self.filters = [Condition(text, self.capture.names, self.locator) for text in filters]
         self._begin, self._begin_at = self._place(begin)
         self._until, self._until_at = self._place(until)
         self._until_name = until
-        self.watches = [Watch.parse(machine, text) for text in watch]
+        self.watches = [Watch.parse(machine, text) for text in watched]
         self.step = step
-        self.exact = exact or bool(self.watches) or machine.cpus > 1 or self._until is not None
-        self.capture = Capture(machine, self._event, exact=self.exact)
         self.seen = self.shown = 0
         self._showing = self._begin is None
         self._stopped = False
@@ -126,7 +126,7 @@ class Tracer:
         if text is None:
             return None, None
         if is_condition(text):
-            return Condition(text, self.machine.bus, self.locator), None
+            return Condition(text, self.capture.names, self.locator), None
         return None, address_of(text, self.locator.symbols)
 
     # --- running -----------------------------------------------------------------------------------------------------
@@ -191,7 +191,7 @@ class Tracer:
         if event.reason == _DEBUG:
             return True
         planted = event.is_pio and event.is_write and event.size != 1
-        return planted and control._planted.out_by(control.view(event.vcpu), event.qualifier) is not None
+        return planted and control._planted.out_by(self.locator.view(event), event.qualifier) is not None
 
     def give(self, item: Item) -> None:
         """To the sink, unless the limit has been reached."""

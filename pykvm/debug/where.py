@@ -5,8 +5,9 @@ from __future__ import annotations
 from bisect import bisect_right
 
 from pykvm.debug.insn import insn_rip
+from pykvm.debug.trace import MomentView
 from pykvm.disasm import Insn, disassemble
-from pykvm.errors import GuestImageError, GuestMemoryError
+from pykvm.errors import GuestImageError
 from pykvm.symbols import Symbols
 from pykvm.x86.view import CpuView
 
@@ -26,12 +27,12 @@ _FAR = 4096  # code of no line table entry: an address this far past one has no 
 
 
 class Place:
-    """``address`` (linear, None when it cannot be told), its ``gpa``, ``insn``, ``symbol`` ("puts+0x8"), ``source`` ("boot.c:12")."""
+    """``address`` (linear, None when it cannot be told), ``insn``, ``symbol`` ("puts+0x8"), ``source`` ("boot.c:12")."""
 
-    __slots__ = ("address", "bits", "gpa", "insn", "source", "symbol")
+    __slots__ = ("address", "bits", "insn", "source", "symbol")
 
-    def __init__(self, address: int | None, bits: int, gpa: int | None, insn: Insn | None, symbol: str, source: str) -> None:
-        self.address, self.bits, self.gpa, self.insn, self.symbol, self.source = address, bits, gpa, insn, symbol, source
+    def __init__(self, address: int | None, bits: int, insn: Insn | None, symbol: str, source: str) -> None:
+        self.address, self.bits, self.insn, self.symbol, self.source = address, bits, insn, symbol, source
 
 
 class Locator:
@@ -48,17 +49,16 @@ class Locator:
 
     def view(self, event: Event) -> CpuView:
         """The vCPU as it was at the event."""
-        vcpu: Any = event.frozen()
-        return CpuView(vcpu, self.machine.memory)
+        return MomentView(event, self.machine.memory)
 
     def place(self, event: Event) -> Place:
         """Where the event came from."""
         key = (event.rip, event.reason, event.qualifier, event.size, event.is_write, event.context)
         known = self._places.get(key)
-        if known is not None and self._still_there(known):
+        if known is not None and _is_there(known, event):
             return known
         view = self.view(event)
-        place = self.at(view, insn_rip(view, event.as_exit()))
+        place = self.at(view, insn_rip(view, event.exit))
         here = disassemble(view.read(view.rip, _LONGEST), view.rip, view.bits, 1)
         if not (here and here[0].mnemonic.startswith("rep")):  # there registers decide
             if len(self._places) >= _PLACES:
@@ -69,20 +69,18 @@ class Locator:
     def at(self, view: CpuView, address: int | None) -> Place:
         """A place by its linear address."""
         if address is None:
-            return Place(None, view.bits, None, None, "", "")
+            return Place(None, view.bits, None, "", "")
         code = disassemble(view.read(address, _LONGEST), address, view.bits, 1)
-        return Place(
-            address, view.bits, view.walk(address).gpa, code[0] if code else None, self.symbols.name(address), self.lines.name(address)
-        )
+        return Place(address, view.bits, code[0] if code else None, self.symbols.name(address), self.lines.name(address))
 
-    def _still_there(self, place: Place) -> bool:
-        """Whether memory still has that instruction: guests write code too."""
-        if place.gpa is None or place.insn is None:
-            return False
-        try:
-            return self.machine.memory.read(place.gpa, place.insn.size) == place.insn.bytes
-        except GuestMemoryError:
-            return False
+
+def _is_there(place: Place, event: Event) -> bool:
+    """Whether that instruction was where it was before: guests write code too."""
+    if place.address is None or place.insn is None:
+        return False
+    at, code = event.code
+    start = place.address - at
+    return start >= 0 and code[start : start + place.insn.size] == place.insn.bytes
 
 
 class Lines:

@@ -12,6 +12,7 @@ import pykvm
 from pykvm import GuestCrash, Machine
 from pykvm.cli import main
 from pykvm.debug.trace import Capture
+from pykvm.debug.trace_text import Formatter
 from pykvm.debug.tracer import Change, Tracer, Watch
 from pykvm.debug.where import Locator
 from pykvm.errors import ConfigError
@@ -30,6 +31,17 @@ def events(machine, **options):
     with Capture(machine, found.append, **options):
         machine.run(TIMEOUT)
     return found
+
+
+def insns_and_words(machine, batch):
+    """Of each exit, looked at when it is its turn."""
+    told = []
+    capture = Capture(machine, lambda event: told.append((str(locator.place(event).insn), formatter.what(event))), batch=batch)
+    locator = Locator(machine)
+    formatter = Formatter(capture, locator)
+    with capture:
+        machine.run(TIMEOUT)
+    return told
 
 
 def lines(capfd, *words, status=0):
@@ -55,13 +67,103 @@ def test_events_are_the_exits_in_order(loop):
 
 def test_batches_tell_the_same(loop):
     told = []
-    for exact in (True, False):
+    for batch in (1, 64):
         with flat(OUTS.format(n=300), loop=loop) as machine:
             locator = Locator(machine)
-            found = events(machine, exact=exact, batch=64)
+            found = events(machine, batch=batch)
+            assert [e.frozen().get_regs().rcx & 0xFF for e in found[:300]] == [e.value for e in found[:300]]
             told.append([(e.n, e.reason, e.qualifier, e.value, locator.place(e).address, str(locator.place(e).insn)) for e in found])
     assert told[0] == told[1]
     assert len(told[0]) == 301
+
+
+def test_a_batch_keeps_what_was_there_at_each_exit(loop):
+    """Code that rewrites itself after each exit, a mode that changes, REP data, a UART whose registers change their meaning."""
+    source = """
+        mov ebx, 3
+    again:
+        mov al, 5
+    here:
+        out 0xe0, al
+        inc byte ptr [rip + here + 1]
+    next:
+        dec ebx
+        jnz again
+        mov al, 0x80
+        mov edx, 0x3fb
+        out dx, al
+        mov al, 1
+        mov edx, 0x3f8
+        out dx, al
+        mov al, 3
+        mov edx, 0x3fb
+        out dx, al
+        mov al, 'A'
+        mov edx, 0x3f8
+        out dx, al
+        hlt
+    """
+    for batch in (1, 64):
+        with flat(source, loop=loop) as machine:
+            told = insns_and_words(machine, batch)
+        assert [insn for insn, _ in told[:3]] == ["out 0xe0, al", "out 0xe1, al", "out 0xe2, al"]
+        assert [what for _, what in told[4:7:2]] == ["COM1 DLL <- 0x1", "COM1 THR <- 0x41 'A'"]
+
+
+def test_strings_have_all_their_elements(loop):
+    source = "mov esi, 0x180000; mov edi, 0x180000; mov ecx, 400; mov edx, 0xe0; rep insb; mov ecx, 3; rep outsb; hlt"
+    with flat(source, loop=loop) as machine:
+        machine.memory.write(0x180000, b"abc")
+        found = events(machine)
+    reads = [e for e in found if e.size and not e.is_write]
+    assert sum(e.count for e in reads) == 400 and all(len(e.data) == e.count for e in reads if e.count > 1)
+    assert [e.rip for e in found if e.is_write and e.size]
+
+
+def test_code_elsewhere_in_memory_is_found_elsewhere(loop):
+    """The page of code is another one after the guest has written its page table."""
+    source = """
+        mov edi, 0x106000        # a second page with other code, which takes this one's place at the gva 0x400000
+        mov word ptr [0x105000], 0xe0e6
+        mov byte ptr [0x105002], 0xc3
+        mov word ptr [0x106000], 0xe1e6
+        mov byte ptr [0x106002], 0xc3
+        mov dword ptr [0x107000], 0x105003
+        mov rax, cr3
+        mov rbx, [rax]
+        and rbx, ~0xfff
+        mov rcx, [rbx]
+        and rcx, ~0xfff
+        mov qword ptr [rcx + 16], 0x107003
+        mov eax, 0x400000
+        call rax
+        mov dword ptr [0x107000], 0x106003
+        invlpg [0x400000]
+        out 0xe7, al
+        call rax
+        hlt
+    """
+    for batch in (1, 64):
+        with flat(source, loop=loop) as machine:
+            locator = Locator(machine)
+            found = events(machine, batch=batch)
+            assert [str(locator.place(e).insn) for e in found[:3]] == ["out 0xe0, al", "out 0xe7, al", "out 0xe1, al"]
+
+
+def test_the_order_of_several_vcpus_is_that_of_time():
+    source = """
+        mov eax, 0xc4500; mov edi, 0xfee00300; mov [rdi], eax          # INIT to all others
+        mov eax, 0xc4608; mov [rdi], eax                               # SIPI: vector 8
+        mov ecx, 400; mov dx, 0xe0; 1: out dx, al; dec ecx; jnz 1b
+        cli; hlt
+    """
+    with flat(source, cpus=2) as machine:
+        machine.memory.write(0x8000, pykvm.asm("mov cx, 300; mov dx, 0xe4; 1: out dx, al; dec cx; jnz 1b; cli; hlt", bits=16, org=0x8000))
+        found = events(machine, batch=16)
+    assert [e.n for e in found] == [*range(1, len(found) + 1)]
+    assert all(a.tsc_after <= b.tsc_after for a, b in pairwise(found))
+    assert {e.vcpu for e in found} == {0, 1}
+    assert [sum(e.qualifier == port for e in found) for port in (0xE0, 0xE4)] == [400, 300]
 
 
 def test_a_capture_leaves_no_trace():
@@ -104,8 +206,6 @@ def test_reads_have_their_answers():
         tracer = Tracer(machine)
         out = []
         tracer.sink = lambda item: out.append(formatter.what(item))
-        from pykvm.debug.trace_text import Formatter
-
         formatter = Formatter(tracer.capture, tracer.locator)
         tracer.run(TIMEOUT)
     assert out == ["mine STATUS -> 0x5a", "mine COMMAND <- 0x5a", "HLT"]
@@ -271,7 +371,7 @@ from pykvm.debug.tracer import Tracer
 import pykvm, os
 source = "mov ecx, %s; mov dx, 0xe0; 1: out dx, al; dec ecx; jnz 1b; hlt" % sys.argv[1]
 with pykvm.Machine(pykvm.asm(source, bits=64, org=0x100000), mode="long", memory="2M") as m:
-    t = Tracer(m, exact=False)
+    t = Tracer(m)
     t.sink = t.text_printer(open(os.devnull, "w"))
     t.run(300)
     print(t.seen, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
