@@ -17,7 +17,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
-__all__ = ["MACHINE_OPTIONS", "TIME_LIMIT", "Input", "Output", "open_machine"]
+__all__ = ["DEFAULT_LIMIT", "MACHINE_OPTIONS", "TIME_LIMIT", "Input", "Output", "open_machine"]
 
 MACHINE_OPTIONS = [
     Option("--memory", "RAM, in bytes or with K, M, G; what the image asks for, else 16M", "SIZE"),
@@ -42,7 +42,8 @@ MACHINE_OPTIONS = [
     Option("--strict", "an access that no device claims is a crash"),
     Option("--no-assist", "an instruction that KVM's emulator does not know is a crash: it is not finished in user space"),
 ]  # each is the argument of Machine of that name
-TIME_LIMIT = Option("--timeout", "time limit in seconds", "SECONDS", 10.0, number)
+DEFAULT_LIMIT = 10.0  # seconds
+TIME_LIMIT = Option("--timeout", "time limit in seconds", "SECONDS", DEFAULT_LIMIT, number)
 
 
 class Output:
@@ -75,6 +76,8 @@ class Input:
         try:
             if self.ended or not select((0,), (), (), 0)[0]:
                 return b""
+            if os.isatty(0) and os.tcgetpgrp(0) != os.getpgrp():
+                return b""  # typed for the job in the foreground, such as gdb
             data = os.read(0, 4096)
         except (OSError, ValueError):
             data = b""  # closed

@@ -20,7 +20,8 @@ __all__ = ["Command", "Option", "number", "whole"]
 class Option:
     """``--name``: a switch without ``metavar``, else it takes a value, which ``convert`` checks; ``many`` collects values in a list.
 
-    ``--no-name`` is a switch that turns off what is on: its key is ``name``.
+    ``--no-name`` is a switch that turns off what is on: its key is ``name``. ``without``: the value where none is given; the next word is
+    one only if ``takes(word)``.
     """
 
     def __init__(
@@ -32,8 +33,11 @@ class Option:
         convert: Callable[[str], Any] = str,
         choices: tuple[str, ...] = (),
         many: bool = False,
+        without: str | None = None,
+        takes: Callable[[str], bool] = lambda word: False,
     ) -> None:
         self.name, self.help, self.metavar, self.convert, self.choices, self.many = name, help, metavar, convert, choices, many
+        self.without, self.takes = without, takes
         self.turns_on = not name.startswith("--no-")
         self.default: Any = ([] if many else default) if metavar or choices else not self.turns_on
         if choices:
@@ -62,10 +66,11 @@ class Command:
         """(operands, option values by name without dashes). Raises ConfigError; prints help and leaves with status 0 for --help."""
         values = {o.key: list(o.default) if o.many else o.default for o in self.options.values()}
         operands: list[str] = []
-        words = iter(argv)
-        for word in words:
+        words = list(reversed(argv))
+        while words:
+            word = words.pop()
             if word == "--":
-                operands += words
+                operands += reversed(words)
                 break
             if word in ("-h", "--help"):
                 print(self.help())
@@ -81,11 +86,12 @@ class Command:
                     raise ConfigError(f"{name} takes no value")
                 values[option.key] = option.turns_on
                 continue
-            if not equals:
-                try:
-                    value = next(words)
-                except StopIteration:
-                    raise ConfigError(f"{name} needs a value: {name} {option.metavar}") from None
+            if not equals and option.without is not None and not (words and option.takes(words[-1])):
+                value = option.without
+            elif not equals:
+                if not words:
+                    raise ConfigError(f"{name} needs a value: {name} {option.metavar}")
+                value = words.pop()
             if option.many:
                 values[option.key].append(option.value_of(value))
             else:

@@ -10,8 +10,8 @@ import os
 import sys
 
 from pykvm.cli import say
-from pykvm.cli.guest import MACHINE_OPTIONS, TIME_LIMIT, Input, Output, open_machine
-from pykvm.cli.options import Command, Option, whole
+from pykvm.cli.guest import DEFAULT_LIMIT, MACHINE_OPTIONS, Input, Output, open_machine
+from pykvm.cli.options import Command, Option, number, whole
 from pykvm.errors import ConfigError, GuestCrash
 
 TYPE_CHECKING = False
@@ -22,13 +22,29 @@ if TYPE_CHECKING:
     from pykvm.records import StatRow
     from pykvm.result import Result
 
+GDB_PORT = "127.0.0.1:1234"
 RUN_OPTIONS = [
-    TIME_LIMIT,
+    Option(
+        "--timeout",
+        f"time limit in seconds (default {DEFAULT_LIMIT:g}); with --gdb there is none, and one given is for a run at a time",
+        "SECONDS",
+        None,
+        number,
+    ),
     Option("--stats", "a table of the exits: count, total and median time"),
     Option("--ledger", "record every exit in FILE.npy, which pykvm ledger shows and numpy.load reads", "FILE.npy"),
     Option("--ledger-exits", "how many exits of each vCPU the ledger has room for", "N", 1 << 20, whole),
     Option("--trace-exits", "with --ledger, the CPU's own exit reasons too: takes root and tracefs, and slows exits down"),
     Option("--shell-on-crash", "a crash or the time limit leads to a Python prompt (pykvm shell)"),
+    Option(
+        "--gdb",
+        f"serve it to gdb at HOST:PORT, or at unix:PATH, which only its owner may use (default {GDB_PORT})",
+        "[WHERE]",
+        without=GDB_PORT,
+        takes=lambda word: word.startswith("unix:") or (":" in word and word.rpartition(":")[2].isdigit()),
+    ),
+    Option("--wait", "with --gdb, the guest does not start before gdb says so"),
+    Option("--remote", "allow --gdb at addresses that other machines can reach: who connects owns the guest"),
     Option("--debug-port", "show what firmware logs on port 0x402 (platform pc-test), on stderr"),
     Option("--json", "one JSON object instead of text"),
     Option("--qemu-exit-status", "debug exit code n becomes status (n << 1) | 1, as with QEMU's isa-debug-exit"),
@@ -43,6 +59,7 @@ COMMAND = Command(
         "pykvm run hello --stats",
         "pykvm run boot.bin --mode real --memory 1M",
         "echo hello | pykvm run echo",
+        "pykvm run page_fault --gdb --wait",
     ],
 )
 
@@ -51,6 +68,7 @@ def main(argv: list[str]) -> int:
     """Run it; returns the exit status."""
     (image,), o = COMMAND.parse(argv, 1, 1)
     check_ledger(o)
+    check_gdb(o)
     output = Output()
     return finish(open_machine(image, o, **options_of(o, output)), o, output)
 
@@ -73,8 +91,9 @@ def finish(machine: Machine, o: dict[str, Any], output: Output) -> int:
             machine.debug_port.on_output = _log
         crash = None
         interrupted = False
+        limit = o["timeout"] or (None if o["gdb"] else DEFAULT_LIMIT)
         try:
-            result = _traced(machine, o["timeout"]) if o["trace_exits"] else machine.run(o["timeout"])
+            result = _ran(machine, o, limit)
         except GuestCrash as error:
             if error.result is None:
                 raise
@@ -94,7 +113,7 @@ def finish(machine: Machine, o: dict[str, Any], output: Output) -> int:
             about = {"image": machine.info.path, "mode": machine.info.mode, "status": status, "insn_rip": machine.insn_rip()}
             print(json.dumps({**about, **result.as_dict()}, indent=2))
         else:
-            _report(machine, result, status, o["timeout"])
+            _report(machine, result, status, limit)
         if o["shell_on_crash"] and status in (70, 124):
             from pykvm.debug.shell import interact
 
@@ -122,9 +141,22 @@ def check_ledger(o: dict[str, Any]) -> None:
         raise ConfigError(f"--ledger {path}: it cannot be written there")
 
 
-def _traced(machine: Machine, timeout: float) -> Result:
-    with machine.ledger.trace():
-        return machine.run(timeout)
+def check_gdb(o: dict[str, Any]) -> None:
+    """Options that mean nothing without --gdb."""
+    if not o["gdb"] and (o["wait"] or o["remote"]):
+        raise ConfigError(f"{'--wait' if o['wait'] else '--remote'} is about gdb: give --gdb too")
+
+
+def _ran(machine: Machine, o: dict[str, Any], limit: float | None) -> Result:
+    """By itself, or for gdb."""
+    if o["trace_exits"]:
+        with machine.ledger.trace():
+            return _ran(machine, {**o, "trace_exits": False}, limit)
+    if o["gdb"]:
+        from pykvm.cli.gdb import serve
+
+        return serve(machine, o["gdb"], wait=o["wait"], remote=o["remote"], timeout=limit)
+    return machine.run(limit)
 
 
 def _status(result: Result, qemu: bool) -> int:
@@ -136,7 +168,7 @@ def _status(result: Result, qemu: bool) -> int:
     return min(code or 0, 63)
 
 
-def _report(machine: Machine, result: Result, status: int, timeout: float) -> None:
+def _report(machine: Machine, result: Result, status: int, timeout: float | None) -> None:
     """What a person wants to know beyond the console; nothing for a guest that ended well."""
     if result.console and not result.console.endswith("\n"):
         sys.stdout.write("\n")
@@ -166,9 +198,11 @@ def _report(machine: Machine, result: Result, status: int, timeout: float) -> No
     elif status == 70:
         say(f"pykvm: the guest crashed: {result.explanation}")
     elif status == 124:
-        say(f"pykvm: time limit of {timeout:g} s: {result.explanation}")
+        say(f"pykvm: time limit of {timeout or 0:g} s: {result.explanation}")
     elif result.reason == "reset":
         say("pykvm: the guest reset itself")
+    elif result.reason == "killed":
+        say("pykvm: killed by gdb")
     elif status == 63 and (result.exit_code or 0) > 63:
         say(f"pykvm: debug exit code {result.exit_code} ({result.exit_code:#x})")
 

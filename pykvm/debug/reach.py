@@ -15,9 +15,10 @@ if TYPE_CHECKING:
     from pykvm.debug.control import Control, Stopped
     from pykvm.debug.trace import Event
     from pykvm.machine import Machine
+    from pykvm.result import Result
     from pykvm.symbols import Symbols
 
-__all__ = ["address_of", "run_to", "run_until"]
+__all__ = ["address_of", "end_of", "run_to", "run_until"]
 
 
 def address_of(text: str, symbols: Symbols, registers: Any = None) -> int:
@@ -101,6 +102,20 @@ def run_to(machine: Machine, address: int, timeout: float | None, control: Contr
     if stopped.reason == "crash":
         raise_crash(machine, stopped)
     return str(stopped.reason)
+
+
+def end_of(machine: Machine, stopped: Stopped) -> Result:
+    """What Machine.run() would have returned, or raised."""
+    if stopped.reason == "crash":
+        raise_crash(machine, stopped)
+    result = machine.result(stopped.reason)
+    result.exit_code = stopped.code if stopped.reason == "exit" else 0 if stopped.reason == "halted" else None
+    if stopped.reason == "timeout":
+        from pykvm.debug.explain import explain_stop
+        from pykvm.runner import Stop
+
+        result.explanation = explain_stop(machine, stopped.stop or Stop("timeout"))
+    return result
 
 
 def raise_crash(machine: Machine, stopped: Stopped) -> NoReturn:

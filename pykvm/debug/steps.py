@@ -9,7 +9,7 @@ from __future__ import annotations
 from time import monotonic
 
 from pykvm.abi import ffi
-from pykvm.debug.reach import raise_crash, run_to
+from pykvm.debug.reach import end_of, run_to
 from pykvm.debug.trace import Event
 from pykvm.debug.trace_text import Formatter, printable
 from pykvm.records import RecordRing
@@ -120,12 +120,8 @@ def run_steps(tracer: Tracer, timeout: float | None) -> Result:
                 tracer.take_step(step, event)
                 if tracer.stopped:
                     return machine.result("until")
-                if stopped.reason == "crash":
-                    raise_crash(machine, stopped)
                 if stopped.reason != "step":
-                    result = machine.result(stopped.reason)
-                    result.exit_code = stopped.code if stopped.reason == "exit" else 0 if stopped.reason == "halted" else None
-                    return result
+                    return end_of(machine, stopped)
     finally:
         for ring in rings:
             ring.undo()

@@ -340,3 +340,28 @@ def test_gdb_at_cpl3_and_in_32_bits(gdb):
     assert "triple fault" in printed
     assert "terminated with signal SIGSEGV" in printed
     assert status == 70
+
+
+@needs_gdb
+def test_run_with_gdb(tmp_path):
+    """The options of run, and gdb besides."""
+    path, ledger = tmp_path / "gdb", tmp_path / "exits.npy"
+    words = ["run", "hello", "--gdb", f"unix:{path}", "--wait", "--stats", "--ledger", str(ledger)]
+    server = subprocess.Popen([sys.executable, "-m", "pykvm", *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try:
+        assert server.stderr.readline().startswith("pykvm: gdb -ex")
+        commands = ("set pagination off", f"target remote {path}", "break done", "continue", "delete", "continue")
+        client = subprocess.run(
+            [GDB, "-nx", "-batch", *(word for command in commands for word in ("-ex", command))],
+            capture_output=True,
+            text=True,
+            timeout=TIMEOUT * 3,
+        )
+        out, _ = server.communicate(timeout=TIMEOUT)
+    finally:
+        server.kill()
+        server.communicate()
+    assert "in done ()" in client.stdout and "exited normally" in client.stdout
+    assert server.returncode == 0
+    assert out.startswith("Hello from long mode.\n") and "IO out 0x3f8" in out
+    assert ledger.exists()

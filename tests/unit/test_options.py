@@ -21,13 +21,14 @@ def command(rest=False):
             Option("--exit-status", "a switch"),
             Option("--no-assist", "a switch that turns off"),
             Option("-q", "a short one"),
+            Option("--gdb", "a value or none", "[WHERE]", without="here", takes=lambda word: ":" in word),
         ],
         ["pykvm run hello"],
         rest,
     )
 
 
-DEFAULTS = {"memory": None, "timeout": 10.0, "mode": "auto", "env": [], "exit_status": False, "assist": True, "q": False}
+DEFAULTS = {"memory": None, "timeout": 10.0, "mode": "auto", "env": [], "exit_status": False, "assist": True, "q": False, "gdb": None}
 
 
 @pytest.mark.parametrize(
@@ -44,6 +45,10 @@ DEFAULTS = {"memory": None, "timeout": 10.0, "mode": "auto", "env": [], "exit_st
         ("--exit-status -q", [], {"exit_status": True, "q": True}),
         ("--no-assist", [], {"assist": False}),
         ("--memory -1", [], {"memory": "-1"}),
+        ("--gdb a", ["a"], {"gdb": "here"}),
+        ("--gdb a:1 b", ["b"], {"gdb": "a:1"}),
+        ("--gdb=a b", ["b"], {"gdb": "a"}),
+        ("a --gdb", ["a"], {"gdb": "here"}),
         ("-", ["-"], {}),
         ("-q -- -q --help", ["-q", "--help"], {"q": True}),
     ],

@@ -35,11 +35,11 @@ class Listener:
         host, colon, port = where.rpartition(":")
         host = host.strip("[]") or "127.0.0.1"
         if not colon or not (port.isascii() and port.isdigit()) or int(port) > 65535:
-            raise ConfigError(f"--listen {where}: give HOST:PORT, such as 127.0.0.1:1234, or unix:PATH")
+            raise ConfigError(f"no address to listen on: {where!r}; give HOST:PORT, such as 127.0.0.1:1234, or unix:PATH")
         family, kind, protocol, _, address = socket.getaddrinfo(host, int(port), type=socket.SOCK_STREAM)[0]
         if not remote and not _is_loopback(str(address[0])):
             raise ConfigError(
-                f"--listen {where}: {address[0]} is not of the loopback; who connects there owns the guest: add --remote if you mean it"
+                f"{where}: {address[0]} is not of the loopback; who connects there owns the guest: add --remote if you mean it"
             )
         listening = socket.socket(family, kind, protocol)
         try:
