@@ -11,11 +11,11 @@ import os
 
 from pykvm.abi import lib
 from pykvm.errors import ConfigError
+from pykvm.lifetime import Closes
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from types import TracebackType
     from typing import Any
 
 __all__ = ["EventFd", "IrqLine", "Route", "default_routes", "msi_message"]
@@ -99,7 +99,7 @@ def msi_message(vector: int, apic_id: int = 0, *, level: bool = False, nmi: bool
     return address, data
 
 
-class EventFd:
+class EventFd(Closes):
     """A kernel counter (eventfd(2)), a context manager: what KVM signals (ioeventfd) or is signalled with (irqfd)."""
 
     __slots__ = ("fd",)
@@ -132,12 +132,6 @@ class EventFd:
         if self.fd >= 0:
             os.close(self.fd)
             self.fd = -1
-
-    def __enter__(self) -> EventFd:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, tb: TracebackType | None) -> None:
-        self.close()
 
     def __del__(self) -> None:
         self.close()

@@ -16,6 +16,7 @@ from pykvm.console import Console
 from pykvm.devices.exceptionreport import ExceptionReport
 from pykvm.devices.rom import Rom
 from pykvm.errors import ConfigError, GuestCrash
+from pykvm.lifetime import Closes
 from pykvm.memory import GuestMemory
 from pykvm.pc import Pc
 from pykvm.platform import EXCEPTION_REPORT, HYPERCALL_GPA, HYPERCALL_PORT, IOAPIC_GPA
@@ -29,7 +30,6 @@ from pykvm.units import PAGE_SIZE, parse_address, parse_size
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from types import TracebackType
     from typing import Any, Literal
 
     from pykvm.bus import Device, Range, Space
@@ -52,7 +52,7 @@ if TYPE_CHECKING:
 __all__ = ["Machine", "Result"]
 
 
-class Machine:
+class Machine(Closes):
     """A guest, a context manager.
 
     ``image``: the name of a gallery guest, a path (anything with a ``/`` or a file that exists), or the bytes of an image.
@@ -144,6 +144,7 @@ class Machine:
         self._ledger: Ledger | None = None
         self._services: Services | None = None
         self._assist: Assist | None = None
+        self._lines: dict[int, IrqLine] = {}  # by GSI: who asks for one twice gets the same
         self._clock: int | None = None  # where kvmclock stands while it does
         self._running, self._clock_lock = False, RLock()
         self.on_heartbeat: Callable[[], object] | None = None
@@ -362,17 +363,18 @@ class Machine:
     # --- interrupts, hypercalls, MSRs --------------------------------------------------------------------------------
 
     def irq(self, gsi: int) -> IrqLine:
-        """The line of a GSI; its ``set`` is what a device takes as its ``irq`` callable. Raises ConfigError without an irqchip."""
+        """The line of a GSI, each time the same; a device takes its ``set`` as its ``irq``. Raises ConfigError without an irqchip."""
         from pykvm.irq import IOAPIC_PINS, IrqLine
 
         if self.vm.irqchip == "none":
             raise ConfigError("this machine has no irqchip: make it with irqchip='kernel' or 'split', or use interrupt(vector)")
         if not 0 <= gsi < IOAPIC_PINS:
             raise ConfigError(f"the irqchip has GSIs 0 to {IOAPIC_PINS - 1}, not {gsi}")
-        if self.ioapic is not None:
-            ioapic = self.ioapic
-            return IrqLine(gsi, lambda level: ioapic.set_line(gsi, level))
-        return IrqLine(gsi, lambda level: self.vm.irq_line(gsi, level))
+        line = self._lines.get(gsi)
+        if line is None:
+            drive = self.vm.irq_line if self.ioapic is None else self.ioapic.set_line
+            line = self._lines[gsi] = IrqLine(gsi, lambda level: drive(gsi, level))
+        return line
 
     def interrupt(self, vector: int, cpu: int = 0) -> None:
         """Without an irqchip: deliver ``vector`` as soon as the vCPU can take it. From any thread; several wait in line."""
@@ -566,12 +568,6 @@ class Machine:
         self.memory.close()
         if self._own_system:
             self.system.close()
-
-    def __enter__(self) -> Machine:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, tb: TracebackType | None) -> None:
-        self.close()
 
     def __repr__(self) -> str:
         state = "closed" if self._closed else repr(self.vcpu)

@@ -13,12 +13,12 @@ from bisect import bisect_right
 
 from pykvm.abi import ffi, lib
 from pykvm.errors import ConfigError, GuestMemoryError, MemSlotError
+from pykvm.lifetime import Closes
 from pykvm.platform import MMIO_HOLE, MMIO_HOLE_END
 from pykvm.units import MIB, PAGE_SIZE, format_size, parse_size
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from types import TracebackType
     from typing import Any, Literal
 
     import numpy as np
@@ -81,7 +81,7 @@ class MemSlot:
         return f"<MemSlot {self.id}: gpa {self.gpa:#x}-{self.gpa + self.size - 1:#x} {format_size(self.size)} {self.backing}{flags}>"
 
 
-class GuestMemory:
+class GuestMemory(Closes):
     """The guest's physical memory, a context manager.
 
     >>> ram = GuestMemory.of_size("16M")           # a slot at 0, and one above 4 GiB when it reaches the MMIO hole
@@ -412,12 +412,6 @@ class GuestMemory:
             slot.close()
         self._slots.clear()
         self._starts.clear()
-
-    def __enter__(self) -> GuestMemory:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, tb: TracebackType | None) -> None:
-        self.close()
 
     def _repr_html_(self) -> str:
         from pykvm.debug.html import memory_html

@@ -7,11 +7,8 @@ import os
 from pykvm.abi import capability, ffi, flexible, ioctl, ioctl_value
 from pykvm.cpuid import Cpuid
 from pykvm.errors import CapabilityError, KvmError, KvmUnavailableError
+from pykvm.lifetime import Closes
 from pykvm.vm import VM
-
-TYPE_CHECKING = False
-if TYPE_CHECKING:
-    from types import TracebackType
 
 __all__ = ["System"]
 
@@ -19,7 +16,7 @@ API_VERSION = 12
 E2BIG = 7
 
 
-class System:
+class System(Closes):
     """An open /dev/kvm, a context manager.
 
     >>> with System() as system:
@@ -126,12 +123,6 @@ class System:
         if self.fd >= 0:
             os.close(self.fd)
             self.fd = -1
-
-    def __enter__(self) -> System:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, tb: TracebackType | None) -> None:
-        self.close()
 
     def __del__(self) -> None:
         self.close()

@@ -8,12 +8,12 @@ from pykvm import exits
 from pykvm.abi import EAGAIN, EBADF, EFAULT, EINTR, Struct, ffi, flexible, ioctl, ioctl_value, lib, new
 from pykvm.cpuid import Cpuid
 from pykvm.errors import ConfigError, KvmError
+from pykvm.lifetime import Closes
 from pykvm.units import PAGE_SIZE
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Iterator
-    from types import TracebackType
     from typing import Any
 
     from pykvm.bus import SpaceName
@@ -27,7 +27,7 @@ FOREVER = 1e9  # seconds, 31 years: longer time limits are cut to this, so that 
 _ERROR = lib.PYKVM_ERROR
 
 
-class VCPU:
+class VCPU(Closes):
     """A vCPU fd and the kvm_run area it shares with user space; made by ``VM.create_vcpu()``.
 
     Structures come as ``Struct``: change a field and set it back.
@@ -298,12 +298,6 @@ class VCPU:
                 raise ConfigError(f"vCPU {self.id} is running in another thread: stop that run before closing")
             fd, self.fd = self.fd, -1
             os.close(fd)
-
-    def __enter__(self) -> VCPU:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, tb: TracebackType | None) -> None:
-        self.close()
 
     def __del__(self) -> None:
         self._close(1)  # nobody can be running it: a run holds a reference

@@ -6,6 +6,7 @@ import os
 
 from pykvm.abi import Struct, capability, ffi, flexible, ioctl, ioctl_value, lib, new
 from pykvm.errors import CapabilityError, ConfigError, KvmError
+from pykvm.lifetime import Closes
 from pykvm.platform import IDENTITY_MAP_GPA, TSS_ADDR_GPA
 from pykvm.units import format_size
 from pykvm.vcpu import VCPU
@@ -13,7 +14,6 @@ from pykvm.vcpu import VCPU
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Iterable
-    from types import TracebackType
     from typing import Any, Literal
 
     from pykvm.debug.pagetables import PageTables
@@ -44,7 +44,7 @@ class VmHandle:
         self.close()
 
 
-class VM:
+class VM(Closes):
     """A VM fd, a context manager; made by ``System.create_vm()``.
 
     >>> with System() as system, GuestMemory.of_size("64K") as ram, system.create_vm() as vm:
@@ -320,12 +320,6 @@ class VM:
         for vcpu in self.vcpus:
             vcpu.close()
         self.handle.close()
-
-    def __enter__(self) -> VM:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, tb: TracebackType | None) -> None:
-        self.close()
 
     def __repr__(self) -> str:
         state = "closed" if self.fd < 0 else f"fd {self.fd}"

@@ -306,3 +306,11 @@ def test_turns_have_a_time_limit():
         assert [r.reason for r in take_turns([a, b], slice=0.01, timeout=0.05)] == ["timeout", "halted"]
         with pytest.raises(ConfigError, match="positive"):
             take_turns([a], slice=0)
+
+
+@pytest.mark.parametrize("irqchip", ["kernel", "split"])
+def test_a_line_is_one_however_often_it_is_asked_for(irqchip):
+    with Machine("halt", irqchip=irqchip) as m:
+        line = m.irq(10)
+        line.set(1)
+        assert m.irq(10) is line and m.irq(10).level == 1 and m.irq(11).level == 0

@@ -63,7 +63,10 @@ def test_many_in_one_process(make, number):
         if i + 1 == number // 10:
             gc.collect()
             first = resident()
-    assert held() == before
+    after = held()
+    # The allocators' own arenas come and go; what a machine left behind would be there a hundred times or more.
+    assert abs(after.pop("mappings") - before.pop("mappings")) < 5
+    assert after == before
     assert resident() - first < GROWTH
 
 

@@ -9,7 +9,7 @@ import pykvm
 
 PACKAGE = Path(pykvm.__file__).parent
 LEVELS = {
-    0: ["errors", "units", "platform"],
+    0: ["errors", "lifetime", "units", "platform"],
     1: ["abi", "assemble", "console", "gallery", "memorymap", "hostwrites", "unixsocket"],
     2: ["system", "vm", "vcpu", "memory", "exits", "exit_reason", "bus", "disasm", "symbols", "records", "kvmstats", "cpuid", "irq"],
     3: ["x86", "devices", "loaders", "tables"],
