@@ -96,7 +96,7 @@ def _named(claimed: Range, offset: int, event: Event, decides: int) -> Access:
         return Access("RTC", _CMOS.get(decides & 0x7F, f"CMOS byte {decides & 0x7F:#x}"))
     if name == "IOAPIC":
         return Access(name, _IOAPIC.get(offset, f"+{offset:#x}"))
-    if name == "debug console":
+    if name in ("debug console", "debug port"):
         return Access(name, "", _character(value))
     if name == "keyboard controller":
         return Access(

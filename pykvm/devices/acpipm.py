@@ -18,6 +18,7 @@ import time
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from typing import ClassVar
 
 __all__ = ["AcpiPm"]
 
@@ -35,6 +36,7 @@ class AcpiPm:
     """``stop("power-off", None)`` ends the run; ``irq(level)`` is the SCI's line; ``now()`` gives nanoseconds that only rise."""
 
     name = "ACPI PM"
+    register_names: ClassVar = {STATUS: "PM1 status", ENABLE: "PM1 enable", CONTROL: "PM1 control", TIMER: "timer"}
 
     def __init__(
         self,

@@ -17,6 +17,8 @@ from pykvm.errors import ConfigError, GuestMemoryError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from typing import ClassVar
+
     from pykvm.memory import GuestMemory
 
 __all__ = ["FwCfg"]
@@ -37,6 +39,7 @@ class FwCfg:
     """``memory`` is where DMA goes. ``items`` are bytes by selector, ``files`` names to selectors."""
 
     name = "fw_cfg"
+    register_names: ClassVar = {0: ("data", "selector"), 1: "data", 4: "DMA address, high", 8: "DMA address, low"}
 
     def __init__(self, memory: GuestMemory, cpus: int = 1) -> None:
         self.memory = memory

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from typing import ClassVar
+
     from pykvm.devices.reset import ResetControl
 
 __all__ = ["PciConfig"]
@@ -20,6 +22,7 @@ class PciConfig:
     """``reset`` answers byte-wide accesses to 0xCF9."""
 
     name = "PCI configuration"
+    register_names: ClassVar = {0: "address", RESET_CONTROL: "reset control", 4: "data"}
 
     def __init__(self, reset: ResetControl) -> None:
         self.reset = reset

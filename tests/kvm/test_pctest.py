@@ -129,6 +129,7 @@ def test_an_image_where_the_tables_are(tmp_path):
     Machine(image, mode="real", memory="2M").close()
 
 
+@pytest.mark.slow  # four processes
 def test_command_line(tmp_path):
     done = pykvm("run", "pm_timer")
     assert done.returncode == 0 and b"good night" in done.stdout and done.stderr == ""
