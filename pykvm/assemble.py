@@ -70,7 +70,7 @@ def _assemble(source: str, bits: int, org: int) -> bytes:
 def assemble_image(path: str, out: str, script: str) -> None:
     """Assemble the guest at ``path`` and link it with the linker script ``script`` into the ELF image ``out``.
 
-    The note's mode= decides the format: real and protected guests are ELF32, the others ELF64.
+    The note's mode= decides the format: real and protected guests are ELF32, the others ELF64; mode= and format= where it goes.
     Raises AsmError; its message starts with the file's name.
     """
     import tempfile
@@ -79,7 +79,7 @@ def assemble_image(path: str, out: str, script: str) -> None:
         source = file.read()
     mode = source.partition("mode=")[2].partition("\\n")[0]
     bits = 64 if mode in ("long", "user") else 32
-    base = 0x7C00 if mode == "real" else 0x100000
+    base = 0xFFFFF000 if "format=firmware\\n" in source else 0x7C00 if mode == "real" else 0x100000
     with tempfile.TemporaryDirectory(prefix="pykvm-") as folder:
         obj = os.path.join(folder, "out.o")
         _run("as", [_width(bits), "-I", os.path.dirname(path), "-o", obj, path], source, path, path)

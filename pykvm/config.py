@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from pykvm.errors import ConfigError, GuestImageError
 from pykvm.loaders import peek
-from pykvm.loaders.source import read_image
+from pykvm.loaders.source import read_image, read_module
 from pykvm.units import PAGE_SIZE, parse_size
 from pykvm.x86.modes import mode_named
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     import os
+    from collections.abc import Sequence
     from types import TracebackType
 
     from pykvm.loaders.image import ImageInfo
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 __all__ = ["BACKINGS", "IRQCHIPS", "MAX_CPUS", "PLATFORMS", "BlamesImage", "Config"]
 
 DEFAULT_MEMORY = "16M"
+PC_MEMORY = "128M"  # what images for a PC take for granted: QEMU's default
 BACKINGS = ("anonymous", "memfd", "hugetlb")
 IRQCHIPS = ("none", "kernel", "split")
 PLATFORMS = ("pykvm", "pc-test")
@@ -27,8 +29,8 @@ MAX_CPUS = 254  # 8-bit APIC ids, less the broadcast and the IOAPIC's
 class Config:
     """How a machine is made; Machine's arguments say more of each.
 
-    ``info`` is the image before it is loaded and ``data`` its bytes; ``memory`` bytes of RAM; ``cpu`` a CPU model's text or None;
-    ``chosen`` names what the image chose and no caller: when that cannot be, the image is to blame.
+    ``info`` is the image before it is loaded and ``data`` its bytes; ``memory`` bytes of RAM; ``modules`` what ``initrd`` named;
+    ``cpu`` a CPU model's text or None; ``chosen`` names what the image chose and no caller: when that cannot be, the image is to blame.
     Raises GuestImageError and ConfigError.
     """
 
@@ -41,6 +43,7 @@ class Config:
         backing: str = "anonymous",
         entry: int | None = None,
         append: str = "",
+        initrd: Sequence[str | bytes] = (),
         cpus: int | None = None,
         irqchip: str | None = None,
         cpu: str | None = None,
@@ -54,12 +57,13 @@ class Config:
         self.strict, self.assist = strict, assist
         asked = {"memory": memory, "entry": entry, "cpus": cpus, "irqchip": irqchip, "cpu": cpu, "platform": platform}
         self.chosen = {name for name, value in asked.items() if value is None}
-        self.mode = mode_named(info.mode)
+        self.modules = [read_module(each) for each in initrd]
+        self.mode = mode_named(info.start)
         with self.blames("memory"):
-            self.memory = parse_size(memory if memory is not None else note.get("memory", DEFAULT_MEMORY))
+            self.memory = parse_size(memory if memory is not None else note.get("memory", PC_MEMORY if info.protocol else DEFAULT_MEMORY))
             _check_memory_size(self.memory)
         with self.blames("platform"):
-            self.platform = platform or note.get("platform") or "pykvm"
+            self.platform = platform or note.get("platform") or ("pc-test" if info.protocol else "pykvm")
             _check_platform(self.platform)
         with self.blames("cpus", "irqchip"):
             self.cpus = _check_cpus(note.get("cpus", "1") if cpus is None else cpus)
@@ -68,10 +72,10 @@ class Config:
         self.cpu = cpu or note.get("cpu")
 
     @classmethod
-    def of_image(cls, image: str | os.PathLike[str] | bytes, mode: str = "auto", **arguments: object) -> Config:
-        """For an image: a gallery name, a path, or bytes (loaders.source.read_image); ``mode`` "auto" is what the image says."""
+    def of_image(cls, image: str | os.PathLike[str] | bytes, mode: str = "auto", format: str = "auto", **arguments: object) -> Config:
+        """For an image: a gallery name, a path, or bytes (loaders.source.read_image); "auto" is what the image says (loaders.peek)."""
         data, path = read_image(image)
-        config = cls(data, peek(data, path, mode), **arguments)  # type: ignore[arg-type]
+        config = cls(data, peek(data, path, mode, format), **arguments)  # type: ignore[arg-type]
         if mode != "auto":
             config.chosen.discard("entry")
         return config

@@ -11,7 +11,7 @@ import os
 from _thread import RLock
 
 from pykvm.bus import Bus, Native
-from pykvm.config import BlamesImage, Config
+from pykvm.config import Config
 from pykvm.console import Console
 from pykvm.devices.exceptionreport import ExceptionReport
 from pykvm.devices.rom import Rom
@@ -25,11 +25,11 @@ from pykvm.runner import WATCHFUL, Runner, Stop
 from pykvm.smp import VcpuGroup
 from pykvm.start import ImageOrigin
 from pykvm.system import System
-from pykvm.units import PAGE_SIZE, parse_address, parse_size
+from pykvm.units import PAGE_SIZE
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
     from typing import Any, Literal
 
     from pykvm.bus import Device, Range, Space
@@ -58,11 +58,14 @@ class Machine(Closes):
     ``image``: the name of a gallery guest, a path (anything with a ``/`` or a file that exists), or the bytes of an image.
     ``memory``: bytes or "16M"; by default what the image's note asks for. ``mode``: "auto", "real", "protected", "long", "user".
     ``backing``: where RAM comes from (GuestMemory.add): "anonymous", "memfd" or "hugetlb".
-    ``entry``: gpa to start at instead of the image's own. ``append``: a command line, which RSI points at.
+    ``format``: "auto", or one of loaders.FORMATS, to insist on it; ``info.why`` says why it is what it is.
+    ``entry``: gpa to start at instead of the image's own. ``append``: a command line: RSI points at it, or the image's boot protocol says.
+    ``initrd``: modules for multiboot and PVH images: "FILE" or "FILE its own command line", or bytes.
     ``cpus``: vCPUs; those after the first wait for INIT and SIPI. ``pin``: each on a host CPU of its own. ``irqchip``: "none", "kernel"
     (PIC, IOAPIC, LAPICs and PIT in KVM) or "split" (LAPICs in KVM, the IOAPIC here); what the note asks for, else none, but with several
     vCPUs "kernel". ``cpu``: a CPU model (x86.cpumodel.CpuModel.parse), by default all that KVM offers.
-    ``platform``: "pykvm", or "pc-test", which is what kernels and firmware made for QEMU expect (pctest.py; its irqchip is "kernel").
+    ``platform``: "pykvm", or "pc-test", which is what kernels and firmware made for QEMU expect (pctest.py; its irqchip is
+    "kernel"): the choice of multiboot, PVH and firmware images.
     ``loop``: "native" or "python". ``stats``: record every exit. ``ledger``: keep every record, so many for each vCPU (True: 2**20), for
     the attribute ``ledger``. ``strict``: an access that nobody claims is a crash. ``assist``: finish instructions
     that KVM's emulator does not know (x86/assist/); False: they are a crash.
@@ -83,6 +86,8 @@ class Machine(Closes):
         mode: str = "auto",
         entry: int | None = None,
         append: str = "",
+        format: str = "auto",
+        initrd: Sequence[str | bytes] = (),
         cpus: int | None = None,
         pin: bool = False,
         irqchip: Literal["none", "kernel", "split"] | None = None,
@@ -100,10 +105,12 @@ class Machine(Closes):
         config = Config.of_image(
             image,
             mode,
+            format,
             memory=memory,
             backing=backing,
             entry=entry,
             append=append,
+            initrd=initrd,
             cpus=cpus,
             irqchip=irqchip,
             cpu=cpu,
@@ -122,6 +129,13 @@ class Machine(Closes):
             poll_input=poll_input,
             system=system,
         )
+
+    @classmethod
+    def of_config(cls, config: Config, **options: Any) -> Machine:
+        """A machine as ``config`` says, such as another one's; ``options``: pin, loop, stats, ledger, on_output, poll_input, system."""
+        machine = cls.__new__(cls)
+        machine._make(config, ImageOrigin(config), **options)
+        return machine
 
     # --- wiring ------------------------------------------------------------------------------------------------------
 
@@ -277,13 +291,11 @@ class Machine(Closes):
             self.bus.on_unclaimed = lambda space, at, size, is_write, value: self.stop("crash")
 
     def _add_rom(self) -> None:
-        """The read-only slot that the image's note asks for ("rom=0xc0100000:4K"); writes to it vanish."""
-        wanted = self.info.note.get("rom")
-        if wanted:
-            gpa, _, size = wanted.partition(":")
-            with BlamesImage(self.info.path):
-                slot = self.add_memory(parse_address(gpa), parse_size(size), readonly=True)
-                self.bus.mmio.add(slot.gpa, slot.size, Rom(), native=Native.IGNORE)
+        """Writes to read-only slots vanish."""
+        for slot in self.memory.slots:
+            if slot.readonly:
+                with self.config.blames():
+                    self.bus.mmio.add(slot.gpa, slot.size, Rom(), native=Native.IGNORE)
 
     def add_device(
         self,

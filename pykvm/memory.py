@@ -181,6 +181,11 @@ class GuestMemory(Closes):
         """Bytes in all slots."""
         return sum(slot.size for slot in self._slots)
 
+    @property
+    def ram_size(self) -> int:
+        """Bytes in the slots that the guest can write."""
+        return sum(slot.size for slot in self._slots if not slot.readonly)
+
     def find(self, gpa: int) -> MemSlot | None:
         """The slot that backs the byte at ``gpa``."""
         at = bisect_right(self._starts, gpa) - 1

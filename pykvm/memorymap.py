@@ -50,8 +50,9 @@ def memory_map(memory: GuestMemory) -> list[Region]:
     regions: list[Region] = []
     for slot in memory.slots:
         end = slot.gpa + slot.size
-        if slot.readonly:
+        if slot.readonly and slot.gpa < IDENTITY_MAP_GPA:  # firmware is in what is reserved there anyway
             regions.append(Region(slot.gpa, slot.size, RESERVED))
+        if slot.readonly:
             continue
         for low, high, type in (
             (0, LOW_RAM_END, RAM),

@@ -61,7 +61,7 @@ class Pc:
         self.debug_port = Console()
         self.uart = Uart16550(console.extend, None if irq is None else irq(COM1_GSI).set, poll=poll)
         self.post = PostPort()
-        self.rtc = Rtc(memory=memory.size, irq=None if irq is None else irq(RTC_GSI).set, cpus=cpus)
+        self.rtc = Rtc(memory=memory.ram_size, irq=None if irq is None else irq(RTC_GSI).set, cpus=cpus)
         pio.add(COM1, 8, self.uart)
         pio.add(DEBUG_EXIT, 4, DebugExit(stop))
         pio.add(POST, 1, self.post)
@@ -85,8 +85,9 @@ class Pc:
         bus.pio.add(RESET_CONTROL, 1, reset)
         bus.pio.add(SCRATCH_PORT, 8, Scratch(8))
 
-    def prepare(self, memory: GuestMemory, vm: VM, *, firmware: bool) -> None:
-        """What a guest finds in memory at its start, beside the image: nothing on this platform."""
+    def prepare(self, memory: GuestMemory, vm: VM, *, firmware: bool) -> int:
+        """What a guest finds in memory at its start, beside the image: nothing on this platform. Returns the gpa of the RSDP, or 0."""
+        return 0
 
     def tick(self) -> None:
         """Between two entries of the vCPU, now and then: time passes, and input comes in."""

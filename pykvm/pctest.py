@@ -101,7 +101,7 @@ class PcTest(Pc):
         bus.pio.add(DEBUG_PORT, 1, log, name="debug port", native=Native.append(self.debug_port))
         bus.mmio.add(TEST_MMIO_GPA, MMIO_LENGTH, Scratch(MMIO_LENGTH), name="test memory")
 
-    def prepare(self, memory: GuestMemory, vm: VM, *, firmware: bool) -> None:
+    def prepare(self, memory: GuestMemory, vm: VM, *, firmware: bool) -> int:
         """What the guest finds at its start: fw_cfg's files, and the tables in memory, unless ``firmware`` puts them there itself."""
         pic = vm.irqchip == "kernel"
         tables, rsdp = acpi = acpi_tables(self.cpus, pic=pic)
@@ -109,10 +109,13 @@ class PcTest(Pc):
         self.fw_cfg.add_file(SCRIPT, linker_script((tables, HIGH), (rsdp, FSEG)))
         for blob in acpi:
             self.fw_cfg.add_file(blob.name, blob.data)
-        if not firmware:
-            leaf = vm.vcpus[0].get_cpuid2().find(1)
-            signature, features = (0, 0) if leaf is None else (leaf.eax, leaf.edx)
-            place_tables(memory, acpi, mp_table(self.cpus, signature, features, pic=pic))
+        if firmware:
+            return 0
+        leaf = vm.vcpus[0].get_cpuid2().find(1)
+        signature, features = (0, 0) if leaf is None else (leaf.eax, leaf.edx)
+        place_tables(memory, acpi, mp_table(self.cpus, signature, features, pic=pic))
+        assert rsdp.gpa is not None
+        return rsdp.gpa
 
     def tick(self) -> None:
         """Time passes."""

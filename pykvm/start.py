@@ -6,11 +6,10 @@ when the machine is whole. This is one origin; a saved state is another (state/r
 
 from __future__ import annotations
 
-from pykvm.errors import ConfigError, GuestImageError
+from pykvm.errors import GuestImageError
 from pykvm.loaders import load
 from pykvm.memory import GuestMemory
-from pykvm.platform import BIOS_END, BIOS_GPA, CMDLINE_GPA
-from pykvm.units import PAGE_SIZE
+from pykvm.platform import BIOS_END, BIOS_GPA
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -43,10 +42,18 @@ class ImageOrigin:
         self.config = config
 
     def make_memory(self) -> GuestMemory:
-        """RAM as large as the configuration says."""
+        """RAM as large as the configuration says, and the read-only slot that the image wants."""
         config = self.config
         with config.blames("memory"):
-            return GuestMemory.of_size(config.memory, config.backing)  # type: ignore[arg-type]
+            memory = GuestMemory.of_size(config.memory, config.backing)  # type: ignore[arg-type]
+        if config.info.rom is not None:
+            try:
+                with config.blames():
+                    memory.add(*config.info.rom, readonly=True)
+            except BaseException:
+                memory.close()
+                raise
+        return memory
 
     def set_cpuid(self, machine: Machine) -> None:
         """That of the CPU model, by default all that KVM offers."""
@@ -65,12 +72,20 @@ class ImageOrigin:
     def fill(self, machine: Machine) -> None:
         """Load the image and put the first vCPU at its entry."""
         config = self.config
+        handover = None
+        if config.append or config.modules or config.info.protocol:
+            from pykvm.loaders.handover import Handover
+
+            handover = Handover(config.append, config.modules)
         if config.platform != "pykvm":
-            _keep_out_of_tables(config.info)
+            firmware = config.info.protocol == "firmware"
+            if not firmware:
+                _keep_out_of_tables(config.info)
             with config.blames("memory"):
-                machine.pc.prepare(machine.memory, machine.vm, firmware=False)
-        boot = machine.boot = load(config.info, config.data, machine.memory, config.entry)
-        _write_command_line(config.info, machine.memory, config.append)
+                rsdp = machine.pc.prepare(machine.memory, machine.vm, firmware=firmware)
+            if handover is not None:
+                handover.rsdp = rsdp
+        boot = machine.boot = load(config.info, config.data, machine.memory, config.entry, handover)
         with config.blames("entry"):
             config.mode.apply(machine.vcpu, machine.memory, boot.entry, boot.registers)
 
@@ -80,15 +95,3 @@ def _keep_out_of_tables(info: ImageInfo) -> None:
         if s.gpa < BIOS_END and s.gpa + s.memsz > BIOS_GPA:
             why = f"it covers gpa {max(s.gpa, BIOS_GPA):#x}, where the platform has its tables: link it elsewhere, or use --platform pykvm"
             raise GuestImageError(info.path, s.header, why)
-
-
-def _write_command_line(info: ImageInfo, memory: GuestMemory, text: str) -> None:
-    if not text:
-        return
-    line = text.encode(errors="surrogateescape") + b"\0"  # as sys.argv has what is not UTF-8
-    if len(line) > PAGE_SIZE:
-        raise ConfigError(f"the command line has {len(line)} bytes; there is room for {PAGE_SIZE}")
-    for s in info.segments:
-        if s.gpa < CMDLINE_GPA + PAGE_SIZE and s.gpa + s.memsz > CMDLINE_GPA:
-            raise ConfigError(f"the image covers gpa {CMDLINE_GPA:#x}, where the command line goes: run it without --append")
-    memory.write(CMDLINE_GPA, line)

@@ -6,7 +6,7 @@ Exit status: that of ``pykvm run``; 0 when gdb has killed the guest.
 from __future__ import annotations
 
 from pykvm.cli import run, say
-from pykvm.cli.guest import MACHINE_OPTIONS, Output, open_machine
+from pykvm.cli.guest import GUEST_OPTIONS, Output, open_machine, parse_guest
 from pykvm.cli.options import Command, Option
 
 TYPE_CHECKING = False
@@ -22,7 +22,7 @@ COMMAND = Command(
     "It is what pykvm run --gdb is, and takes the same options.",
     [
         Option("--listen", "where gdb connects to: HOST:PORT, or unix:PATH, which only its owner may use", "WHERE", run.GDB_PORT),
-        *MACHINE_OPTIONS,
+        *GUEST_OPTIONS,
         *(option for option in run.RUN_OPTIONS if option.name != "--gdb"),
     ],
     [
@@ -34,7 +34,7 @@ COMMAND = Command(
 
 def main(argv: list[str]) -> int:
     """Serve it; returns the exit status."""
-    (image,), o = COMMAND.parse(argv, 1, 1)
+    image, _, o = parse_guest(COMMAND, argv)
     run.check_ledger(o)
     o["gdb"] = o["listen"]
     output = Output()

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
 # A note's group= and what the guests of it are about, in the order of the list.
 GROUPS = {
     "start": "starting and stopping, one guest for each CPU mode",
+    "boot": "boot protocols: how images made for other loaders start",
     "io": "ports, and devices behind them",
     "memory": "RAM, read-only memory, MMIO and page tables",
     "exceptions": "faults, handled by the guest or by nobody",

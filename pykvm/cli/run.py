@@ -10,7 +10,7 @@ import os
 import sys
 
 from pykvm.cli import say
-from pykvm.cli.guest import DEFAULT_LIMIT, MACHINE_OPTIONS, Input, Output, open_machine
+from pykvm.cli.guest import DEFAULT_LIMIT, GUEST_OPTIONS, Input, Output, open_machine, parse_guest
 from pykvm.cli.options import Command, Option, number, whole
 from pykvm.errors import ConfigError, GuestCrash
 
@@ -53,11 +53,13 @@ COMMAND = Command(
     "run",
     "IMAGE",
     "Run a guest until it halts, exits, crashes or its time is up. IMAGE is a gallery name (pykvm guests) or a file:\n"
-    "ELF32 or ELF64, or a flat binary. The guest's console (COM1 and port 0xe9) is stdout, stdin is its input.",
-    [*MACHINE_OPTIONS, *RUN_OPTIONS],
+    "multiboot, PVH, ELF32 or ELF64, or a flat binary. The guest's console (COM1 and port 0xe9) is stdout, stdin is its input.",
+    [*GUEST_OPTIONS, *RUN_OPTIONS],
     [
         "pykvm run hello --stats",
         "pykvm run boot.bin --mode real --memory 1M",
+        "pykvm run kernel --cpus 2 --append 'console=com1' --initrd 'disk.img its own words'",
+        "pykvm run --firmware /usr/share/seabios/bios.bin --debug-port",
         "echo hello | pykvm run echo",
         "pykvm run page_fault --gdb --wait",
     ],
@@ -66,7 +68,7 @@ COMMAND = Command(
 
 def main(argv: list[str]) -> int:
     """Run it; returns the exit status."""
-    (image,), o = COMMAND.parse(argv, 1, 1)
+    image, _, o = parse_guest(COMMAND, argv)
     check_ledger(o)
     check_gdb(o)
     output = Output()
@@ -110,8 +112,9 @@ def finish(machine: Machine, o: dict[str, Any], output: Output) -> int:
         if o["json"]:
             import json
 
-            about = {"image": machine.info.path, "mode": machine.info.mode, "status": status, "insn_rip": machine.insn_rip()}
-            print(json.dumps({**about, **result.as_dict()}, indent=2))
+            info = machine.info
+            about = {"image": info.path, "format": info.kind, "why": info.why, "mode": info.mode}
+            print(json.dumps({**about, "status": status, "insn_rip": machine.insn_rip(), **result.as_dict()}, indent=2))
         else:
             _report(machine, result, status, limit)
         if o["shell_on_crash"] and status in (70, 124):

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import sys
 
-from pykvm.cli.guest import MACHINE_OPTIONS, open_machine
+from pykvm.cli.guest import GUEST_OPTIONS, open_machine, parse_guest
 from pykvm.cli.options import Command, Option
 from pykvm.errors import ConfigError, PykvmError
 
@@ -18,7 +18,7 @@ COMMAND = Command(
     "walk(), dis(), regs(), and all of pykvm. The guest has no input: the prompt needs stdin.",
     [
         Option("--command", "run this Python code instead of a prompt; several are run one after another", "CODE", many=True),
-        *MACHINE_OPTIONS,
+        *GUEST_OPTIONS,
     ],
     ["pykvm shell hello", "pykvm shell hello --command 'brk(\"puts\")' --command 'cont()' --command 'regs()'"],
 )
@@ -26,7 +26,7 @@ COMMAND = Command(
 
 def main(argv: list[str]) -> int:
     """Open the prompt; returns the exit status."""
-    (image,), o = COMMAND.parse(argv, 1, 1)
+    image, _, o = parse_guest(COMMAND, argv)
     with open_machine(image, o) as machine:
         from pykvm.debug.shell import interact, run_code
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import sys
 
 from pykvm.cli import run, say
-from pykvm.cli.guest import MACHINE_OPTIONS, TIME_LIMIT, Input, Output, open_machine
+from pykvm.cli.guest import GUEST_OPTIONS, TIME_LIMIT, Input, Output, open_machine, parse_guest
 from pykvm.cli.options import Command, Option, whole
 from pykvm.errors import ConfigError, GuestCrash
 
@@ -33,7 +33,7 @@ COMMAND = Command(
         Option("--regs", "the general registers at each exit too"),
         Option("--limit", "stop after so many lines", "N", None, whole),
         Option("--html", "write a page that shows it all to FILE", "FILE"),
-        *MACHINE_OPTIONS,
+        *GUEST_OPTIONS,
         TIME_LIMIT,
         Option("--json", "one JSON object a line"),
     ],
@@ -48,7 +48,7 @@ COMMAND = Command(
 
 def main(argv: list[str]) -> int:
     """Trace it; returns the exit status."""
-    (image,), o = COMMAND.parse(argv, 1, 1)
+    image, _, o = parse_guest(COMMAND, argv)
     from pykvm.debug.tracer import Tracer
 
     if o["html"] and o["json"]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import sys
 
 from pykvm.cli import say
-from pykvm.cli.guest import MACHINE_OPTIONS, TIME_LIMIT, Input, Output, open_machine
+from pykvm.cli.guest import GUEST_OPTIONS, TIME_LIMIT, Input, Output, open_machine, parse_guest
 from pykvm.cli.options import Command, Option
 from pykvm.errors import ConfigError, GuestCrash
 
@@ -31,7 +31,7 @@ COMMAND = Command(
         Option("--user", "the access comes from CPL3, not as the vCPU stands"),
         Option("--vcpu", "whose registers", "N", 0, int),
         Option("--tables", "list all that the page tables map, as ranges"),
-        *MACHINE_OPTIONS,
+        *GUEST_OPTIONS,
         TIME_LIMIT,
         Option("--json", "one JSON object instead of text"),
     ],
@@ -45,7 +45,7 @@ COMMAND = Command(
 
 def main(argv: list[str]) -> int:
     """Run and walk; returns the exit status."""
-    (image, *addresses), o = COMMAND.parse(argv, 1, 1 << 10)
+    image, addresses, o = parse_guest(COMMAND, argv, 1 << 10)
     if o["at"] and o["until"]:
         raise ConfigError("--at and --until: give one place to stop at")
     if not addresses and not o["tables"]:

@@ -49,7 +49,7 @@ class FwCfg:
         self.files: dict[str, int] = {}
         for selector, size, value in (
             (ID, 4, ID_TRADITIONAL | ID_DMA),
-            (RAM_SIZE, 8, memory.size),
+            (RAM_SIZE, 8, memory.ram_size),
             (NOGRAPHIC, 2, 1),
             (NB_CPUS, 2, cpus),
             (MAX_CPUS, 2, cpus),

@@ -8,8 +8,8 @@ from pykvm.platform import LOAD_GPA, REAL_LOAD_GPA
 __all__ = ["peek"]
 
 
-def peek(data: bytes, path: str, mode: str) -> ImageInfo:
+def peek(data: bytes, path: str, mode: str, why: str = "") -> ImageInfo:
     """A flat image has no header: ``mode`` "auto" means real."""
     chosen = "real" if mode == "auto" else mode
     gpa = REAL_LOAD_GPA if chosen == "real" else LOAD_GPA
-    return ImageInfo(path, "flat", chosen, gpa, [Segment(gpa, 0, len(data), len(data))], {})
+    return ImageInfo(path, "flat", chosen, gpa, [Segment(gpa, 0, len(data), len(data))], {}, why=why)

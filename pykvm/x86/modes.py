@@ -9,6 +9,7 @@
 
 All start with interrupts off, RSI pointing at the command line (platform.CMDLINE_GPA) and, but for real mode, RSP at the top of
 low RAM. The GDT is the same everywhere; its user selectors are those of 64-bit Linux, the only ones that every host keeps.
+Images with a boot protocol (loaders/) start as that says: see the last classes.
 Sources: SDM vol. 3 chapters 3 (segments), 4.5 (4-level paging), 6.14 (64-bit IDT), 8.7 (64-bit TSS), 10.8.5 (entering long mode);
 APM vol. 2 chapters 4, 5, 12, 14.
 """
@@ -25,6 +26,7 @@ from pykvm.platform import (
     MMIO_HOLE_END,
     PAGE_TABLES_END,
     PAGE_TABLES_GPA,
+    RESET_VECTOR_GPA,
     STUBS_GPA,
     TSS_GPA,
 )
@@ -40,7 +42,7 @@ if TYPE_CHECKING:
     from pykvm.memory import GuestMemory
     from pykvm.vcpu import VCPU
 
-__all__ = ["MODES", "LongMode", "Mode", "ProtectedMode", "RealMode", "UserMode", "mode_named"]
+__all__ = ["MODES", "FirmwareMode", "LongMode", "Mode", "MultibootMode", "ProtectedMode", "PvhMode", "RealMode", "UserMode", "mode_named"]
 
 # --- the GDT ---------------------------------------------------------------------------------------------------------
 CODE32, CODE64, DATA = 0x08, 0x10, 0x18
@@ -296,12 +298,63 @@ def _enable_avx(vcpu: VCPU) -> None:
     vcpu.set_xcrs(xcrs)
 
 
-MODES: dict[str, type[Mode]] = {mode.name: mode for mode in (RealMode, ProtectedMode, LongMode, UserMode)}
+class MultibootMode(Mode):
+    """What multiboot promises: flat 32-bit segments, CR0.PE without PG, interrupts off; no tables in memory (specification 0.6.96, 3.2).
+
+    GDTR, IDTR and ESP are undefined by it; here they are empty, and ESP is 0.
+    """
+
+    name = "multiboot"
+    bits = 32
+
+    def _fill(self, memory: GuestMemory, sregs: Struct, regs: Struct, entry: int) -> None:
+        if entry >> 32:
+            raise ConfigError(f"protected mode reaches 4 GiB, and the entry is {entry:#x}")
+        sregs.gdt.base = sregs.gdt.limit = sregs.idt.base = sregs.idt.limit = 0
+        sregs.cr0, sregs.cr4 = CR0.PE | CR0.ET, 0
+        _segment(sregs.cs, CODE32, 0xB)
+        for name in ("ss", "ds", "es", "fs", "gs"):
+            _segment(getattr(sregs, name), DATA, 0x3)
+        regs.rsi = regs.rsp = 0
+
+
+class PvhMode(MultibootMode):
+    """What PVH promises: the same, all other writable bits of CR0 and CR4 clear, and a busy 32-bit TSS at 0 (Xen: docs/misc/pvh.pandoc)."""
+
+    name = "pvh"
+
+    def _fill(self, memory: GuestMemory, sregs: Struct, regs: Struct, entry: int) -> None:
+        super()._fill(memory, sregs, regs, entry)
+        tr = sregs.tr
+        tr.selector, tr.base, tr.limit, tr.type = 0, 0, 0x67, 0xB
+        tr.present, tr.s, tr.dpl, tr.l, tr.db, tr.g, tr.unusable = 1, 0, 0, 0, 0, 0, 0
+
+
+class FirmwareMode(Mode):
+    """As a CPU comes out of reset: real mode at F000:FFF0 with CS's base at 0xFFFF0000 (SDM vol. 3 table 10-1).
+
+    The vCPU has been made by KVM in just that state; here it is only put where the reset vector is.
+    """
+
+    name = "firmware"
+    bits = 16
+
+    def _fill(self, memory: GuestMemory, sregs: Struct, regs: Struct, entry: int) -> None:
+        if entry != RESET_VECTOR_GPA:
+            raise ConfigError(f"firmware starts at the reset vector, gpa {RESET_VECTOR_GPA:#x}, not at {entry:#x}: run it without --entry")
+        sregs.cs.selector, sregs.cs.base = 0xF000, 0xFFFF0000
+        regs.rip, regs.rsi = 0xFFF0, 0
+
+
+# By name. The last three are not modes to choose: they are how the boot protocols of those names start (loaders/).
+MODES: dict[str, type[Mode]] = {
+    mode.name: mode for mode in (RealMode, ProtectedMode, LongMode, UserMode, MultibootMode, PvhMode, FirmwareMode)
+}
 
 
 def mode_named(name: str, **options: Any) -> Mode:
-    """The mode called "real", "protected", "long" or "user". Raises ConfigError for another name."""
+    """The mode called "real", "protected", "long" or "user", or a boot protocol's start. Raises ConfigError for another name."""
     try:
         return MODES[name](**options)
     except KeyError:
-        raise ConfigError(f"unknown mode {name!r}: use one of {', '.join(MODES)}") from None
+        raise ConfigError(f"unknown mode {name!r}: use one of real, protected, long, user") from None

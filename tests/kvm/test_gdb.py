@@ -324,7 +324,7 @@ def test_gdb_ctrl_c_detach_and_exit_status(gdb, tmp_path):
     assert status == 0
     image = tmp_path / "seven.bin"
     image.write_bytes(pykvm.asm("mov al, 7; out 0xf4, al", bits=64, org=0x100000))
-    printed, _, status = gdb(str(image), "continue", options=("--mode", "long"))
+    printed, _, status = gdb(str(image), "continue", options=("--format", "flat", "--mode", "long"))
     assert "exited with code 07" in printed
     assert status == 7
 

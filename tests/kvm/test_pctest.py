@@ -136,7 +136,7 @@ def test_command_line(tmp_path):
     code = "mov dx, 0x402\n mov al, 'l'\n out dx, al\n mov al, 10\n out dx, al\n mov al, 'c'\n out 0xe9, al\n" + END
     image = tmp_path / "image"
     image.write_bytes(asm(code, bits=16, org=0x7C00))
-    options = ("run", str(image), "--mode", "real", "--platform", "pc-test", "--memory", "2M")
+    options = ("run", str(image), "--format", "flat", "--mode", "real", "--platform", "pc-test", "--memory", "2M")
     done = pykvm(*options)
     assert (done.returncode, done.stdout, done.stderr) == (0, b"c\n", "")
     done = pykvm(*options, "--debug-port")

@@ -39,7 +39,7 @@ def dma(device, control, length, address, at=ACCESS):
 def test_items_through_the_port(device, ram):
     assert item(device, 0, 6) == b"QEMU\0\0"
     assert item(device, 1, 4) == b"\3\0\0\0"
-    assert item(device, 3, 8) == ram.size.to_bytes(8, "little")
+    assert item(device, 3, 8) == ram.ram_size.to_bytes(8, "little")
     assert item(device, 5, 2) == item(device, 0xF, 2) == b"\3\0"
     assert item(device, 0x7777, 3) == b"\0\0\0"
     assert item(device, 0x4000, 4) == b"QEMU"  # the old write bit selects the same

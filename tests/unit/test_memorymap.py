@@ -11,7 +11,7 @@ from pykvm.memorymap import RAM, RESERVED, Region, e820, memory_map
 from pykvm.units import GIB, KIB, MIB
 
 FIRMWARE = [Region(0, 0x9FC00, RAM), Region(0x9FC00, 0x400, RESERVED), Region(0xE0000, 0x20000, RESERVED)]
-KVM = Region(0xFFFBC000, 0x44000, RESERVED)
+KVM = Region(0xFEFFC000, 0x1004000, RESERVED)
 
 
 def test_a_small_machine():
@@ -31,8 +31,9 @@ def test_less_than_a_mib():
 
 def test_rom_is_reserved():
     with GuestMemory.of_size("2M") as memory:
-        memory.add(0xFFF00000, 64 * KIB, readonly=True)
-        assert Region(0xFFF00000, 64 * KIB, RESERVED) in memory_map(memory)
+        memory.add(0xD0000000, 64 * KIB, readonly=True)
+        memory.add(0xFFF00000, 64 * KIB, readonly=True)  # firmware
+        assert memory_map(memory)[-2:] == [Region(0xD0000000, 64 * KIB, RESERVED), KVM]
 
 
 @given(st.lists(st.tuples(st.integers(0, 1 << 20), st.integers(1, 64), st.booleans()), max_size=5))

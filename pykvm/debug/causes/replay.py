@@ -13,7 +13,6 @@ from time import monotonic
 from pykvm import exits
 from pykvm.abi import lib
 from pykvm.errors import PykvmError
-from pykvm.platform import CMDLINE_GPA
 from pykvm.x86.view import CpuView
 
 TYPE_CHECKING = False
@@ -87,25 +86,10 @@ class Replay:
 
 
 def _again(machine: Machine) -> Machine:
-    """A machine made as this one was: the same image, memory, mode, entry, command line and CPUID."""
+    """A machine made as this one was."""
     from pykvm.machine import Machine
 
-    slot = machine.memory.find(0)
-    assert slot is not None
-    size = sum(s.size for s in machine.memory.slots if not s.readonly)
-    line = machine.memory.read(CMDLINE_GPA, 4096).partition(b"\0")[0] if slot.size >= CMDLINE_GPA + 4096 else b""
-    again = Machine(
-        machine.data,
-        memory=size,
-        mode=machine.info.mode,
-        entry=machine.boot.entry,
-        append=line.decode(errors="surrogateescape"),
-        cpus=1,
-        irqchip="none",
-        cpu=None if machine.cpu_model is None else machine.cpu_model.name,
-        loop="python",
-        system=machine.system,
-    )
+    again = Machine.of_config(machine.config, loop="python", system=machine.system)
     if [(s.gpa, s.size) for s in again.memory.slots] != [(s.gpa, s.size) for s in machine.memory.slots]:
         again.close()
         raise PykvmError("its memory was changed after it was made")
