@@ -27,6 +27,7 @@ CAPABILITIES = {
     "KVM_CAP_ENABLE_CAP_VM": "switching capabilities on",
     "KVM_CAP_USER_MEMORY": "memory slots",
     "KVM_CAP_NR_MEMSLOTS": "how many of them",
+    "KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2": "dirty pages protected again in portions, as a migration sends them",
     "KVM_CAP_READONLY_MEM": "read-only slots (ROM)",
     "KVM_CAP_SET_TSS_ADDR": "real mode without unrestricted guest",
     "KVM_CAP_SET_IDENTITY_MAP_ADDR": "real mode without unrestricted guest",
