@@ -1,4 +1,4 @@
-"""The hosts' kernel: Debian's linux-image-cloud-amd64, fetched as a package, unpacked without root, kept in the cache."""
+"""Debian packages, fetched by name, unpacked without root and kept in the cache; the hosts' kernel is one: linux-image-cloud-amd64."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 from pykvm.errors import HostError
 from pykvm.hosts.cache import cache_dir, cached
 
-__all__ = ["Kernel", "Missing", "fetch", "require_commands"]
+__all__ = ["Kernel", "Missing", "fetch", "package", "require_commands"]
 
 META_PACKAGE = "linux-image-cloud-amd64"
 
@@ -72,16 +72,22 @@ def require_commands(packages: dict[str, str], what: str) -> None:
         )
 
 
+def package(name: str) -> Path:
+    """The folder that the package ``name`` is unpacked in, from the cache or the network. Raises Missing with what to do."""
+    require_commands({"apt-get": "apt", "dpkg": "dpkg"}, f"fetching {name}")
+    return cached(f"debian-{name}", lambda folder: _download(name, folder))
+
+
 def fetch() -> Kernel:
     """The newest kernel that apt knows, from the cache or the network. Raises Missing with what to do."""
     kept = sorted(cache_dir().glob("linux-image-*"), key=lambda path: path.stat().st_mtime)
     require_commands({"apt-get": "apt", "dpkg": "dpkg"}, "fetching a kernel")
-    package = _newest_package()
-    if package is None:
+    newest = _newest_package()
+    if newest is None:
         if kept:
             return Kernel(kept[-1])
         raise Missing(f"apt knows no {META_PACKAGE}: run sudo apt-get update, on a machine that has Debian's package lists")
-    return Kernel(cached(package, lambda folder: _download(package, folder)))
+    return Kernel(cached(newest, lambda folder: _download(newest, folder)))
 
 
 def _newest_package() -> str | None:

@@ -1,4 +1,4 @@
-"""Firmware: a flat image that ends at 4 GiB, where a CPU starts after reset, with its last 128 KiB below 1 MiB too.
+"""Firmware: a flat image that ends at 4 GiB, where a CPU starts after reset, with its last 256 KiB below 1 MiB too.
 
 At 4 GiB it is a read-only slot whose writes vanish. The copy below 1 MiB is RAM: on a PC the chipset makes it writable on request (PAM),
 and firmware that finds no such chipset writes to it all the same. An ELF file is taken too, when its segments lie in the last 16 MiB.
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 __all__ = ["hand_over", "looks_like", "peek"]
 
 LARGEST = 16 * MIB
-MIRROR = 128 << 10  # bytes that are below 1 MiB too
+MIRROR = 256 << 10  # bytes that are below 1 MiB too: a PC has 128 KiB there, and a chipset by which firmware copies the rest itself
 _JUMPS = (0xEA, 0xE9, 0xEB)  # far, near and short: what firmware has at the reset vector
 
 

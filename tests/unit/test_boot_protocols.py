@@ -325,7 +325,7 @@ def test_firmware(size):
     boot = load(info, data, memory)
     assert (boot.mode, boot.entry) == ("firmware", 0xFFFFFFF0)
     assert memory.read((1 << 32) - size, size) == data
-    mirrored = min(size, 128 << 10)
+    mirrored = min(size, 256 << 10)
     assert memory.read(MIB - mirrored, mirrored) == data[-mirrored:]
 
 

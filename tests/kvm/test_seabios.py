@@ -1,0 +1,48 @@
+"""Debian's SeaBIOS from the reset vector: it finds fw_cfg, our tables and every vCPU, and no disk to boot from."""
+
+import re
+
+import pytest
+
+from pykvm import Machine
+from pykvm.hosts.debian import Missing, package
+from tests.conftest import TIMEOUT
+
+END = "No bootable device"
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def images():
+    try:
+        return package("seabios") / "usr/share/seabios"
+    except Missing as why:
+        pytest.skip(str(why))
+
+
+@pytest.mark.parametrize(("name", "cpus"), [("bios.bin", 1), ("bios-256k.bin", 3)])
+def test_to_its_end(images, name, cpus):
+    with Machine(str(images / name), format="firmware", memory="64M", cpus=cpus) as machine:
+        assert machine.config.platform == "pc-test"
+
+        def stop_at_the_end(_):
+            if "Retrying" in machine.debug_port.text[-40:]:
+                machine.stop()
+
+        machine.debug_port.on_output = stop_at_the_end
+        result = machine.run(4 * TIMEOUT)
+        log = result.debug_port
+        assert result.reason == "stopped", log + result.explanation
+        assert log.startswith("SeaBIOS (version ")
+        assert "QEMU fw_cfg DMA interface supported" in log
+        assert f"Found {cpus} cpu(s) max supported {cpus} cpu(s)" in log
+        assert re.search(r"e820: addr 0x0*100000 len 0x0*3f00000 \[RAM\]", log)
+        assert END in log and END in result.console  # by its serial console, fw_cfg having said that there is no screen
+        # It has linked the tables that fw_cfg gave it: the RSDP, where guests look for it, leads to a DSDT of ours.
+        rsdp = next(gpa for gpa in range(0xF0000, 0x100000, 16) if machine.memory.read(gpa, 8) == b"RSD PTR ")
+        assert sum(machine.memory.read(rsdp, 36)) & 0xFF == 0
+        rsdt = machine.memory.read_u32(rsdp + 16)
+        fadt = machine.memory.read_u32(rsdt + 36)
+        dsdt = machine.memory.read_u32(fadt + 40)
+        assert machine.memory.read(fadt, 4) == b"FACP" and machine.memory.read(dsdt, 4) == b"DSDT"
+        assert sum(machine.memory.read(dsdt, machine.memory.read_u32(dsdt + 4))) & 0xFF == 0
