@@ -577,6 +577,8 @@ class Machine(Closes):
         self._closed = True
         if self._services is not None:
             self._services.close()
+        if self._assist is not None:
+            self._assist.close()
         self.memory.close()
         if self._own_system:
             self.system.close()

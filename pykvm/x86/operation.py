@@ -20,6 +20,11 @@ _BYTES = {"al": 0, "bl": 0, "cl": 0, "dl": 0, "ah": 8, "bh": 8, "ch": 8, "dh": 8
 _NO_ACCESS = ("lea", "nop", "invlpg", "prefetch", "bndmk", "clflush", "clwb", "cldemote")
 _ONLY_READ = ("cmp", "test", "push", "call", "jmp", "lcall", "ljmp", "div", "idiv", "mul", "imul", "lgdt", "lidt", "bt", "comis", "ucomis")
 
+# Legacy SSE: all but these want a 16-byte operand aligned (SDM vol. 1 section 10.8.3, vol. 2 at PCMPESTRI and its like).
+_UNALIGNED = ("movups", "movupd", "movdqu", "lddqu", "pcmpestr", "pcmpistr")
+# With VEX or EVEX only these do (SDM vol. 1 section 14.9).
+_VEX_ALIGNED = ("vmovaps", "vmovapd", "vmovdqa", "vmovntps", "vmovntpd", "vmovntdq")
+
 
 def engine_for(bits: int) -> Any:
     """A capstone engine for 16-, 32- or 64-bit code, with operands. One must not be used by two threads at once."""
@@ -74,6 +79,11 @@ class Operation:
         rex = self.insn.rex & 8 if self.view.bits == 64 else 0
         flip = self._has_prefix(0x66)
         return 8 if rex else (4 if flip else 2) if self.view.bits == 16 else 2 if flip else 4
+
+    @property
+    def prefixes(self) -> bytes:
+        """capstone's four legacy prefixes, 0 where there is none."""
+        return bytes(self.insn.prefix)
 
     def _has_prefix(self, byte: int) -> bool:
         return byte in bytes(self.insn.prefix)
@@ -146,6 +156,18 @@ class Operation:
             base = int(getattr(self.view.sregs, segment).base)
         mask = (1 << 64) - 1 if self.view.bits == 64 else (1 << 32) - 1
         return Access(segment, offset, offset + base & mask, size, write, stack)
+
+    def alignment(self, size: int) -> int:
+        """What the address of its memory operand of ``size`` bytes must be a multiple of, or #GP."""
+        name = self.mnemonic
+        if name.startswith(("fxsave", "fxrstor", "cmpxchg16b")):
+            return 16
+        if name.startswith(("xsave", "xrstor")):
+            return 64
+        if self.vex:
+            return size if name.startswith(_VEX_ALIGNED) else 1
+        legacy = size == 16 and any(r.startswith("xmm") for r in self.names)
+        return 16 if legacy and not name.startswith(_UNALIGNED) else 1
 
     # --- accesses ----------------------------------------------------------------------------------------------------
 

@@ -4,24 +4,31 @@ A batch is one guest: for each instruction a loop over rows of operands, which t
 executes CPL0 code both are the CPU's own, and the comparison says that the test itself is right.
 """
 
+import random
 from functools import cache
 
+from hypothesis import Phase, settings
+from hypothesis import strategies as st
+
 import pykvm
-from pykvm import Machine
+from pykvm import GuestCrash, Machine
 from tests.conftest import TIMEOUT
 
 ORG, ROWS = 0x100000, 0x140000
 ROW = 256
-GPRS = ("rax", "rcx", "rdx", "rsi")  # at 0, 8, 16, 24; RFLAGS at 32; [rbx] is at 64, 64 bytes; XMM0 to XMM3 at 128
+MXCSR_DEFAULT = 0x1F80
+CF, PF, AF, ZF, SF, OF = 1, 4, 16, 64, 128, 2048
+STATUS = CF | PF | AF | ZF | SF | OF
+GPRS = ("rax", "rcx", "rdx", "rsi")  # at 0, 8, 16, 24; RFLAGS at 32, MXCSR at 40; [rbx] is at 64, 64 bytes; XMM0 to XMM3 at 128
 MEMORY, XMM = 64, 128
 
 
 @cache
-def _code(instructions, rows, sse):
+def _code(instructions, rows, sse, first):
     """Code that carries out each instruction on so many rows of its own."""
-    load = "; ".join(f"movdqu xmm{n}, [rdi + {XMM + 16 * n}]" for n in range(4)) if sse else "nop"
-    store = "; ".join(f"movdqu [rdi + {XMM + 16 * n}], xmm{n}" for n in range(4)) if sse else "nop"
-    parts = [f"mov edi, {ROWS}"]
+    load = "; ".join(f"movdqu xmm{n}, [rdi + {XMM + 16 * n}]" for n in range(4)) + "; ldmxcsr [rdi + 40]" if sse else "nop"
+    store = "; ".join(f"movdqu [rdi + {XMM + 16 * n}], xmm{n}" for n in range(4)) + "; stmxcsr [rdi + 40]" if sse else "nop"
+    parts = [first, f"mov edi, {ROWS}"]
     for n, insn in enumerate(instructions):
         parts.append(
             f"""mov r14d, {rows}
@@ -34,12 +41,91 @@ def _code(instructions, rows, sse):
     return pykvm.asm("; ".join(parts) + "; mov al, 0; out 0xf4, al", org=ORG)
 
 
-def results(instructions, rows, mode, sse=False):
+def results(instructions, rows, mode, sse=False, first="nop"):
     """[what has become of ``rows`` for this instruction], and the machine's counts of assisted instructions."""
-    with Machine(_code(tuple(instructions), len(rows), sse), mode=mode, memory="2M") as machine:
+    with Machine(_code(tuple(instructions), len(rows), sse, first), mode=mode, memory="2M") as machine:
         machine.memory.write(ROWS, b"".join(rows) * len(instructions))
         assert machine.run(TIMEOUT).exit_code == 0
         data = machine.memory.read(ROWS, ROW * len(rows) * len(instructions))
         counts = machine.assisted()
     pieces = [data[at : at + ROW] for at in range(0, len(data), ROW)]
     return [pieces[n * len(rows) : (n + 1) * len(rows)] for n in range(len(instructions))], counts
+
+
+values = st.one_of(st.integers(0, 2**64 - 1), st.integers(0, 63).map(lambda n: 1 << n), st.sampled_from([0, 2**64 - 1, 2**32 - 1, 255]))
+
+
+rounds = settings(max_examples=3, deadline=None, database=None, phases=[Phase.generate])
+
+
+@st.composite
+def operands(draw):
+    """A row: four registers, flags, and the memory; most of its bytes are made from one seed."""
+    registers = b"".join(draw(values).to_bytes(8, "little") for _ in GPRS)
+    flags = draw(st.integers(0, STATUS)) & STATUS | 2
+    memory = b"".join(draw(values).to_bytes(8, "little") for _ in range(2))
+    row = registers + flags.to_bytes(8, "little") + bytes(24) + memory
+    row = row[:40] + MXCSR_DEFAULT.to_bytes(4, "little") + row[44:]
+    return row + random.Random(draw(st.integers(0, 2**32))).randbytes(ROW - len(row))
+
+
+def same_at_both_levels(table, rows, sse=False, first="nop"):
+    """Compare; the counts of assisted instructions. ``table``: an instruction -> the flags it defines; ``first``: code that CPL0 needs."""
+    instructions = [*table]
+    got, counts = results(instructions, rows, "long", sse, first)
+    want, _ = results(instructions, rows, "user", sse)
+    for insn, mine, cpus, row_flags in zip(instructions, got, want, table.values(), strict=True):
+        for before, a, b in zip(rows, mine, cpus, strict=True):
+            flags_a, flags_b = (int.from_bytes(row[32:40], "little") & row_flags for row in (a, b))
+            assert a[:32] == b[:32] and a[40:] == b[40:] and flags_a == flags_b, (insn, before.hex(), a.hex(), b.hex())
+    return counts
+
+
+def has(insn):
+    """Whether CPL3 executes it."""
+    with Machine(pykvm.asm(f"{insn}; mov al, 0; out 0xf4, al", org=0x100000), mode="user", memory="2M") as machine:
+        try:
+            return machine.run(TIMEOUT).exit_code == 0
+        except GuestCrash:
+            return False
+
+
+IDT = 0x180000
+TRAP, INTERRUPT = 0x8F, 0x8E  # access bytes: present, DPL 0
+
+
+def gate(vector, access, bits, *, ist=0, selector=None):
+    """Code that makes a gate to ``handler``."""
+    at = IDT + (16 if bits == 64 else 8) * vector
+    selector = {64: 0x10, 32: 8}[bits] if selector is None else selector
+    return (
+        f"mov eax, offset handler; mov [{at}], ax; mov word ptr [{at + 2}], {selector}; mov word ptr [{at + 4}], {access << 8 | ist}; "
+        f"shr eax, 16; mov [{at + 6}], ax; "
+    )
+
+
+def at_the_handler(source, bits):
+    """(regs, sregs, the words on the stack) at ``handler``, and the address of ``here``."""
+    width = {64: 8, 32: 4, 16: 2}[bits]
+    mode, org = {64: ("long", 0x100000), 32: ("protected", 0x100000), 16: ("real", 0x7C00)}[bits]
+    table = f"idtr: .word 0xfff; .{'quad' if bits == 64 else 'long'} {IDT}; " if bits != 16 else ""
+    code = (
+        f'{source}; after: mov al, 1; out 0xf4, al; hlt; handler: mov al, 42; out 0xf4, al; hlt; {table} .ascii "HERE"; .long here, after'
+    )
+    binary = pykvm.asm(code, bits=bits, org=org)
+    at = binary.index(b"HERE") + 4
+    with Machine(binary, mode=mode, memory="2M") as machine:
+        machine.memory.write(0x110000, bytes.fromhex("00ffffff00000000"))
+        result = machine.run(TIMEOUT)
+        regs, sregs = machine.vcpu.get_regs(), machine.vcpu.get_sregs()
+        top = regs.rsp + (0 if bits == 64 else sregs.ss.base)
+        stack = [int.from_bytes(machine.memory.read(top + width * i, width), "little") for i in range(6)] if top < 0x1FFF00 else []
+        assert machine.memory.read(0x110000, 1) == b"\0"
+    return (
+        result.exit_code,
+        regs,
+        sregs,
+        stack,
+        int.from_bytes(binary[at : at + 4], "little"),
+        int.from_bytes(binary[at + 4 : at + 8], "little"),
+    )

@@ -3,19 +3,14 @@
 On a host that executes CPL0 code KVM gives up on none of these, and each test says that the guest runs the same there.
 """
 
-import random
-
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 import pykvm
 from pykvm import GuestCrash, Machine, probe
 from tests.conftest import TIMEOUT
-from tests.kvm.assist import GPRS, ROW, results
-
-CF, PF, AF, ZF, SF, OF = 1, 4, 16, 64, 128, 2048
-STATUS = CF | PF | AF | ZF | SF | OF
+from tests.kvm.assist import CF, INTERRUPT, OF, SF, STATUS, TRAP, ZF, at_the_handler, gate, has, operands, rounds, same_at_both_levels
 
 # instruction -> the flags that it leaves defined (SDM vol. 2)
 BITS = {
@@ -30,41 +25,6 @@ BMI = {
     "rorx rax, rcx, 13": STATUS, "rorx edx, [rbx], 31": STATUS, "sarx rax, rcx, rdx": STATUS, "shlx eax, [rbx], ecx": STATUS,
     "shrx rax, [rbx], rsi": STATUS, "adcx rax, [rbx]": STATUS, "adox eax, ecx": STATUS,
 }  # fmt: skip
-
-values = st.one_of(st.integers(0, 2**64 - 1), st.integers(0, 63).map(lambda n: 1 << n), st.sampled_from([0, 2**64 - 1, 2**32 - 1, 255]))
-
-
-@st.composite
-def operands(draw):
-    """A row: four registers, flags, and the memory; most of its bytes are made from one seed."""
-    registers = b"".join(draw(values).to_bytes(8, "little") for _ in GPRS)
-    flags = draw(st.integers(0, STATUS)) & STATUS | 2
-    memory = b"".join(draw(values).to_bytes(8, "little") for _ in range(2))
-    row = registers + flags.to_bytes(8, "little") + bytes(24) + memory
-    return row + random.Random(draw(st.integers(0, 2**32))).randbytes(ROW - len(row))
-
-
-def same_at_both_levels(table, rows, sse=False):
-    instructions = [*table]
-    got, counts = results(instructions, rows, "long", sse)
-    want, _ = results(instructions, rows, "user", sse)
-    for insn, mine, cpus, row_flags in zip(instructions, got, want, table.values(), strict=True):
-        for before, a, b in zip(rows, mine, cpus, strict=True):
-            flags_a, flags_b = (int.from_bytes(row[32:40], "little") & row_flags for row in (a, b))
-            assert a[:32] == b[:32] and a[40:] == b[40:] and flags_a == flags_b, (insn, before.hex(), a.hex(), b.hex())
-    return counts
-
-
-def has(insn):
-    """Whether CPL3 executes it."""
-    with Machine(pykvm.asm(f"{insn}; mov al, 0; out 0xf4, al", org=0x100000), mode="user", memory="2M") as machine:
-        try:
-            return machine.run(TIMEOUT).exit_code == 0
-        except GuestCrash:
-            return False
-
-
-rounds = settings(max_examples=3, deadline=None, database=None)
 
 
 @rounds
@@ -88,46 +48,6 @@ def test_bmi_and_adx():
 
 
 # --- INT n and its like ----------------------------------------------------------------------------------------------
-
-IDT = 0x180000
-TRAP, INTERRUPT = 0x8F, 0x8E  # access bytes: present, DPL 0
-
-
-def gate(vector, access, bits, *, ist=0, selector=None):
-    """Code that makes a gate to ``handler``."""
-    at = IDT + (16 if bits == 64 else 8) * vector
-    selector = {64: 0x10, 32: 8}[bits] if selector is None else selector
-    return (
-        f"mov eax, offset handler; mov [{at}], ax; mov word ptr [{at + 2}], {selector}; mov word ptr [{at + 4}], {access << 8 | ist}; "
-        f"shr eax, 16; mov [{at + 6}], ax; "
-    )
-
-
-def at_the_handler(source, bits):
-    """(regs, sregs, the words on the stack) at ``handler``, and the address of ``here``."""
-    width = {64: 8, 32: 4, 16: 2}[bits]
-    mode, org = {64: ("long", 0x100000), 32: ("protected", 0x100000), 16: ("real", 0x7C00)}[bits]
-    table = f"idtr: .word 0xfff; .{'quad' if bits == 64 else 'long'} {IDT}; " if bits != 16 else ""
-    code = (
-        f'{source}; after: mov al, 1; out 0xf4, al; hlt; handler: mov al, 42; out 0xf4, al; hlt; {table} .ascii "HERE"; .long here, after'
-    )
-    binary = pykvm.asm(code, bits=bits, org=org)
-    at = binary.index(b"HERE") + 4
-    with Machine(binary, mode=mode, memory="2M") as machine:
-        machine.memory.write(0x110000, bytes.fromhex("00ffffff00000000"))
-        result = machine.run(TIMEOUT)
-        regs, sregs = machine.vcpu.get_regs(), machine.vcpu.get_sregs()
-        top = regs.rsp + (0 if bits == 64 else sregs.ss.base)
-        stack = [int.from_bytes(machine.memory.read(top + width * i, width), "little") for i in range(6)] if top < 0x1FFF00 else []
-        assert machine.memory.read(0x110000, 1) == b"\0"
-    return (
-        result.exit_code,
-        regs,
-        sregs,
-        stack,
-        int.from_bytes(binary[at : at + 4], "little"),
-        int.from_bytes(binary[at + 4 : at + 8], "little"),
-    )
 
 
 @pytest.mark.parametrize(("insn", "vector", "size"), [("int3", 3, 1), (".byte 0xcd, 3", 3, 2), ("int 0x80", 0x80, 2), (".byte 0xf1", 1, 1)])

@@ -13,11 +13,6 @@ if TYPE_CHECKING:
 
 __all__ = ["canonical", "data_cause", "page_fault", "table_cause"]
 
-# Legacy SSE: all but these want a 16-byte operand aligned (SDM vol. 1 section 10.8.3, vol. 2 at PCMPESTRI and its like).
-_UNALIGNED = ("movups", "movupd", "movdqu", "lddqu", "pcmpestr", "pcmpistr")
-# With VEX or EVEX only these do (SDM vol. 1 section 14.9).
-_VEX_ALIGNED = ("vmovaps", "vmovapd", "vmovdqa", "vmovntps", "vmovntpd", "vmovntdq")
-
 
 def canonical(view: CpuView, address: int) -> bool:
     """Whether an address of 64-bit mode is canonical."""
@@ -100,16 +95,8 @@ def _segment(op: Operation, access: Access) -> Cause | None:
 
 
 def _alignment(op: Operation, access: Access) -> Cause | None:
-    name, need = op.mnemonic, 0
-    if name.startswith(("fxsave", "fxrstor", "cmpxchg16b")):
-        need = 16
-    elif name.startswith(("xsave", "xrstor")):
-        need = 64
-    elif op.vex:
-        need = access.size if name.startswith(_VEX_ALIGNED) else 0
-    elif access.size == 16 and any(r.startswith("xmm") for r in op.names) and not name.startswith(_UNALIGNED):
-        need = 16
-    if need and access.linear % need:
+    need = op.alignment(access.size)
+    if access.linear % need:
         base = next((op.insn.reg_name(o.mem.base) for o in op.operands if o.type == 3 and o.mem.base), "")
         holds = f"{base.upper()} is {op.register(base):#x}" if base and base != "rip" else f"it is at {access.linear:#x}"
         if base and op.register(base) != access.linear and base != "rip":

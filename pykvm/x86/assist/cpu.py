@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
     from pykvm.bus import Bus
     from pykvm.memory import MemSlot
+    from pykvm.x86.assist.scratch import Scratch
     from pykvm.x86.operation import Access, Operation
     from pykvm.x86.paging import Walk
     from pykvm.x86.view import CpuView
@@ -42,15 +43,16 @@ class Declined(Exception):
 
 
 class Cpu:
-    """A vCPU at the instruction ``op``; ``bus``: where MMIO goes that the instruction touches."""
+    """A vCPU at the instruction ``op``; ``scratch``: who may be asked to execute it; ``bus``: where MMIO goes that it touches."""
 
-    def __init__(self, view: CpuView, op: Operation, bus: Bus | None = None) -> None:
-        self.view, self.op, self.bus = view, op, bus
+    def __init__(self, view: CpuView, op: Operation, scratch: Scratch, bus: Bus | None = None) -> None:
+        self.view, self.op, self.scratch, self.bus = view, op, scratch, bus
         self.regs, self.sregs, self.bits, self.mode = view.regs, view.sregs, view.bits, view.mode
         self.next_rip = self._masked_rip(int(self.regs.rip) + len(op.bytes))
         self.sregs_changed = False
         self.jumped = False  # to an interrupt handler or back from one: no single-step trap follows
-        self.blocks_interrupts = False  # until the next instruction is done, as behind STI
+        self.unmasks_nmi = False
+        self.clears_rf = True  # but for what loads RFLAGS as a whole
         self._fpu: Fpu | None = None
         self._walks: list[tuple[Walk, bool]] = []
         self._writes: list[tuple[int, bytes]] = []
@@ -226,8 +228,13 @@ class Cpu:
 
     # --- the end -----------------------------------------------------------------------------------------------------
 
+    def keep_fpu_on_fault(self) -> None:
+        """The one thing that an exception may change: what it did to the FPU's status (SDM vol. 1 section 11.5.3)."""
+        if self._fpu is not None:
+            self._fpu.store(self.view.vcpu)
+
     def commit(self) -> None:
-        """Make the changes; RIP goes to ``next_rip``, RF is cleared (SDM vol. 3 section 17.3.1.1)."""
+        """Make the changes; RIP goes to ``next_rip``; RF is cleared (SDM vol. 3 section 17.3.1.1)."""
         memory, vcpu = self.view.memory, self.view.vcpu
         for walk, write in self._walks:
             self._mark(walk, write)
@@ -241,7 +248,8 @@ class Cpu:
         if self.sregs_changed:
             vcpu.set_sregs(self.sregs)
         self.regs.rip = self.next_rip
-        self.regs.rflags = int(self.regs.rflags) & ~RFLAGS.RF
+        if self.clears_rf:
+            self.regs.rflags = int(self.regs.rflags) & ~RFLAGS.RF
         vcpu.set_regs(self.regs)
 
     def _mark(self, walk: Walk, write: bool) -> None:

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from pykvm.abi import lib
 from pykvm.errors import KvmError
+from pykvm.x86.assist.compute import compute, is_computing
 from pykvm.x86.assist.cpu import Cpu, Declined, Fault
+from pykvm.x86.assist.relocate import Encoding
+from pykvm.x86.assist.scratch import CODE, DATA, Scratch
 from pykvm.x86.operation import Operation, engine_for
 from pykvm.x86.regs import RFLAGS
 from pykvm.x86.view import CpuView
@@ -30,9 +33,10 @@ _CODE_BYTES = 15
 
 def _table() -> dict[str, Instruction]:
     """capstone's mnemonic -> what carries it out."""
-    from pykvm.x86.assist import bits, interrupts
+    from pykvm.x86.assist import atomics, bits, compute, descriptors, interrupts, returns, system, xstate
 
-    return {name: do for group in (bits, interrupts) for name, do in group.INSTRUCTIONS.items()}
+    groups = (atomics, bits, compute, descriptors, interrupts, returns, system, xstate)
+    return {name: do for group in groups for name, do in group.INSTRUCTIONS.items()}
 
 
 class Assist:
@@ -45,6 +49,7 @@ class Assist:
         self.memory, self.bus = memory, bus
         self.counts: dict[str, int] = {}
         self.declined: dict[int, str] = {}
+        self.scratch = Scratch()
         self._instructions = _table()
         self._engines: dict[int, Any] = {}
         self._last: dict[int, tuple[int, int]] = {}  # vCPU -> (RIP, number of exits) where it was last left with a fault
@@ -72,13 +77,11 @@ class Assist:
         if view.regs.rflags & RFLAGS.VM:
             raise Declined("it is in virtual-8086 mode")
         op = self._decode(view, error.insn)
-        do = self._instructions.get(op.mnemonic)
-        if do is None:
-            raise Declined(f"user space does not know `{op}` either")
+        do = self._instructions.get(op.mnemonic) or self._computing(op)
         events = vcpu.get_vcpu_events()
         if events.interrupt.injected or (events.exception.injected and events.exception.nr != 6):
             raise Declined("it was not about the instruction: an exception or interrupt was on its way through the IDT")
-        cpu = Cpu(view, op, self.bus)
+        cpu = Cpu(view, op, self.scratch, self.bus)
         trapped = bool(view.regs.rflags & RFLAGS.TF)
         try:
             do(cpu, op)
@@ -86,21 +89,33 @@ class Assist:
             self._raise(vcpu, view, fault)
             return op.mnemonic
         cpu.commit()
-        shadow = lib.KVM_X86_SHADOW_INT_STI if cpu.blocks_interrupts else 0
-        if events.interrupt.shadow != shadow:
-            _set_shadow(vcpu, shadow)
+        if events.interrupt.shadow or (cpu.unmasks_nmi and events.nmi.masked):
+            _end_shadow(vcpu, cpu.unmasks_nmi)
         if trapped and not cpu.jumped:
             _single_step_trap(vcpu)
         return op.mnemonic
 
+    def _computing(self, op: Operation) -> Instruction:
+        encoding = Encoding(op.bytes, op.view.bits)
+        wide = Operation.here(op.view, self._engine(64), encoding.moved(CODE, DATA)) if is_computing(encoding) else None
+        if wide is None:
+            raise Declined(f"user space does not know `{op}` either")
+        return lambda cpu, op: compute(cpu, op, encoding, wide)
+
+    def close(self) -> None:
+        """Let go of what it keeps."""
+        self.scratch.close()
+
+    def _engine(self, bits: int) -> Any:
+        if bits not in self._engines:
+            self._engines[bits] = engine_for(bits)
+        return self._engines[bits]
+
     def _decode(self, view: CpuView, code: bytes) -> Operation:
-        engine = self._engines.get(view.bits)
-        if engine is None:
-            engine = self._engines[view.bits] = engine_for(view.bits)
         code = code or view.read(view.rip, _CODE_BYTES)
         if not code:
             raise Declined("its bytes cannot be read")
-        op = Operation.here(view, engine, code)
+        op = Operation.here(view, self._engine(view.bits), code)
         if op is None:
             raise Declined(f"the bytes {code[:8].hex(' ')} are no instruction that is known here")
         return op
@@ -119,11 +134,13 @@ class Assist:
         vcpu.inject_exception(fault.vector, fault.error_code)
 
 
-def _set_shadow(vcpu: VCPU, shadow: int) -> None:
-    """The instruction behind STI or MOV SS is done: interrupts may come in (SDM vol. 3 section 6.8.3)."""
+def _end_shadow(vcpu: VCPU, unmask_nmi: bool) -> None:
+    """The instruction behind STI or MOV SS is done: interrupts may come in (SDM vol. 3 section 6.8.3), and NMIs behind IRET (6.7.1)."""
     events = vcpu.get_vcpu_events()
     events.flags |= lib.KVM_VCPUEVENT_VALID_SHADOW
-    events.interrupt.shadow = shadow
+    events.interrupt.shadow = 0
+    if unmask_nmi:
+        events.nmi.masked = 0
     vcpu.set_vcpu_events(events)
 
 

@@ -6,15 +6,16 @@ KVM_SET_VCPU_EVENTS could inject a software exception, but what RIP it pushes th
 from __future__ import annotations
 
 from pykvm.x86.assist.cpu import GP, NP, SS, Cpu, Declined, Fault
+from pykvm.x86.assist.descriptors import load_code_segment, read_descriptor
 from pykvm.x86.regs import EFER, RFLAGS
-from pykvm.x86.view import Descriptor, Gate
+from pykvm.x86.view import Gate
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from pykvm.x86.assist.finish import Instruction
     from pykvm.x86.operation import Operation
 
-__all__ = ["INSTRUCTIONS", "load_code_segment"]
+__all__ = ["INSTRUCTIONS"]
 
 _IDT = 2  # error code bit 1: the selector index is one into the IDT (SDM vol. 3 figure 6-7)
 _TASK_GATE, _INTERRUPT_16, _TRAP_16, _INTERRUPT, _TRAP = 5, 6, 7, 14, 15
@@ -130,32 +131,6 @@ def _push(cpu: Cpu, values: list[int], width: int) -> None:
         access = cpu.op.place("ss", rsp & mask, width, True, True)
         cpu.store(access, (value & (1 << 8 * width) - 1).to_bytes(width, "little"))
     cpu.regs.rsp = rsp
-
-
-def read_descriptor(cpu: Cpu, selector: int) -> Descriptor:
-    """A code segment's descriptor; the faults of a selector that leads to none."""
-    if selector & ~3 == 0:
-        raise Fault(GP, 0)
-    table = cpu.sregs.gdt
-    base, limit = int(table.base), int(table.limit)
-    if selector & 4:
-        ldt = cpu.sregs.ldt
-        base, limit = int(ldt.base), int(ldt.limit) if ldt.present and not ldt.unusable else -1
-    if (selector & ~7) + 7 > limit:
-        raise Fault(GP, selector & ~3)
-    return Descriptor(int.from_bytes(cpu.load_linear(base + (selector & ~7), 8, system=True), "little"))
-
-
-def load_code_segment(cpu: Cpu, selector: int, found: Descriptor) -> None:
-    """CS, with RPL as ``selector`` has it; the descriptor's accessed bit is set (SDM vol. 3 section 3.4.5.1)."""
-    cs = cpu.sregs.cs
-    if not found.type & 1:
-        base = int(cpu.sregs.ldt.base if selector & 4 else cpu.sregs.gdt.base)
-        cpu.store_linear(base + (selector & ~7) + 5, bytes((found.value >> 40 & 0xFF | 1,)), system=True)
-    cs.selector, cs.base, cs.limit = selector, found.base, found.limit
-    cs.type, cs.s, cs.dpl, cs.present = found.type | 1, 1, found.dpl, 1
-    cs.l, cs.db, cs.g, cs.avl, cs.unusable = found.l, found.db, found.value >> 55 & 1, found.value >> 52 & 1, 0
-    cpu.sregs_changed = True
 
 
 INSTRUCTIONS: dict[str, Instruction] = {"int": _int, "int3": _int3, "int1": _int1, "into": _into}
