@@ -1,8 +1,8 @@
 """Builds pykvm._native with cffi in API mode: the C compiler checks every name and layout against <linux/kvm.h>.
 
 kvm_constants.txt lists the constants, kvm_structs.cdef the structures, runloop.cdef the native run loop
-(runloop.c, session.c, trace.c), migrate.cdef what migration does for each page (migrate.c), assist.cdef what must be atomic in guest memory
-(assist.c), bench.cdef what benchmarks compare with (bench*.c).
+(runloop.c, session.c, trace.c, step.c), migrate.cdef what migration does for each page (migrate.c), assist.cdef what must be atomic
+in guest memory (assist.c), bench.cdef what benchmarks compare with (bench*.c).
 kvm_compat.h supplies what older headers lack. setup.py calls this file through its ``cffi_modules``.
 """
 
@@ -33,7 +33,7 @@ ffi.cdef(_without_comments("runloop.cdef"))
 ffi.cdef(_without_comments("migrate.cdef"))
 ffi.cdef(_without_comments("assist.cdef"))
 ffi.cdef(_without_comments("bench.cdef"))
-_parts = ["runloop.c", "session.c", "trace.c", "migrate.c", "assist.c", "bench.c", "bench_irq.c", "bench_traps.c", "bench_mmu.c"]
+_parts = ["runloop.c", "session.c", "trace.c", "step.c", "migrate.c", "assist.c", "bench.c", "bench_irq.c", "bench_traps.c", "bench_mmu.c"]
 ffi.set_source(
     "pykvm._native",
     '#include <sys/mman.h>\n#include "kvm_compat.h"\n#include "runloop.h"\n#include "migrate.h"\n#include "assist.h"\n#include "bench.h"\n',

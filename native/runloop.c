@@ -484,18 +484,13 @@ uint64_t pykvm_step(uint64_t reply)
 	return run_on(v);
 }
 
-/* begin, one exit of whatever kind, end, in one call: a Python signal handler that raises cannot come between. No actions are
- * carried out, and an exit is not recorded when the ring is full: here is nobody to empty it. Returns what begin does. */
-int pykvm_run_once(struct pykvm_vcpu *v, uint64_t first_ns, uint64_t interval_ns)
+/* One exit of whatever kind, in a session. No actions are carried out, and an exit is not recorded when the ring is full: here is nobody to
+ * empty it. */
+void pykvm_once(struct pykvm_vcpu *v)
 {
-	struct pykvm_table *table;
-	struct pykvm_ring *ring;
-	int r = pykvm_begin(v, first_ns, interval_ns);
+	struct pykvm_table *table = v->table;
+	struct pykvm_ring *ring = v->ring;
 
-	if (r < 0)
-		return r;
-	table = v->table;
-	ring = v->ring;
 	v->table = NULL;
 	if (ring && ((ring->used == ring->capacity && !ring->keep) || (ring->moments && !pykvm_keep_moment(v, ring))))
 		v->ring = NULL;
@@ -508,6 +503,16 @@ int pykvm_run_once(struct pykvm_vcpu *v, uint64_t first_ns, uint64_t interval_ns
 	}
 	v->table = table;
 	v->ring = ring;
+}
+
+/* begin, one exit, end, in one call: a Python signal handler that raises cannot come between. Returns what begin does. */
+int pykvm_run_once(struct pykvm_vcpu *v, uint64_t first_ns, uint64_t interval_ns)
+{
+	int r = pykvm_begin(v, first_ns, interval_ns);
+
+	if (r < 0)
+		return r;
+	pykvm_once(v);
 	pykvm_end(v);
 	return 0;
 }

@@ -131,6 +131,36 @@ struct pykvm_moments {
 	struct pykvm_code_page pages[PYKVM_CODE_PAGES];
 };
 
+/* Why pykvm_steps() has come back. */
+enum {
+	PYKVM_STEP_DONE = 1,	/* as many as asked for, a place to stop at, watched memory that has changed, or is elsewhere */
+	PYKVM_STEP_HARD = 2,	/* the next instruction is not plain */
+	PYKVM_STEP_PAGE = 3,	/* nor is the page known that it is in */
+	PYKVM_STEP_EXIT = 4,	/* an exit that is not a step's; pykvm_vcpu.last has it */
+};
+
+/* Memory that is compared after each step. */
+struct pykvm_watch {
+	struct pykvm_code_page page;
+	const uint8_t *before;
+	uint32_t offset, size;		/* inside that page */
+};
+
+/* Single steps of one vCPU, from rip on. Addresses are linear. */
+struct pykvm_steps {
+	uint64_t count, done;
+	uint64_t rip;
+	uint64_t first, size;		/* a step that leads out of there is the last */
+	const uint64_t *stops;		/* so is one that leads to one of these */
+	const uint64_t *planted;	/* sorted: breakpoints in the guest's code, which are not stepped over here */
+	struct pykvm_watch *watches;
+	uint32_t stop_count, planted_count, watch_count;
+	uint32_t why;
+	uint32_t is_64_bit, reserved;
+	struct kvm_sregs sregs;		/* as they are during all of it */
+	struct pykvm_code_page code[PYKVM_CODE_PAGES];
+};
+
 /* What a step touches lies together: after an exit the TLB is cold, and each page costs. */
 struct pykvm_vcpu {
 	int fd;
@@ -184,6 +214,11 @@ void pykvm_forget(struct pykvm_vcpu *v);
 void pykvm_kick(struct pykvm_vcpu *v);
 void pykvm_handled(struct pykvm_vcpu *v);
 uint64_t pykvm_rdtsc(void);
+int pykvm_leads_there(const struct pykvm_code_page *p);
+const struct pykvm_code_page *pykvm_find_code(const struct pykvm_code_page *pages, const struct kvm_sregs *s, uint64_t page);
+void pykvm_once(struct pykvm_vcpu *v);
+int pykvm_is_plain(const uint8_t *code, uint32_t size, int is_64_bit);
+int pykvm_steps(struct pykvm_vcpu *v, struct pykvm_steps *s, uint64_t first_ns, uint64_t interval_ns);
 int pykvm_keep_moment(const struct pykvm_vcpu *v, const struct pykvm_ring *ring);
 int pykvm_keep_code(const struct pykvm_moments *all, struct pykvm_moment *m);
 

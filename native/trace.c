@@ -11,7 +11,7 @@
 #define ACCESSED_AND_DIRTY 0x60u	/* of a page table entry: the CPU sets them as it goes */
 
 /* Do the guest's page tables still lead where they did? */
-static int leads_there(const struct pykvm_code_page *p)
+int pykvm_leads_there(const struct pykvm_code_page *p)
 {
 	uint64_t now;
 	uint32_t i;
@@ -26,14 +26,14 @@ static int leads_there(const struct pykvm_code_page *p)
 	return 1;
 }
 
-/* The place of a page in the table; whoever fills one in (pykvm/debug/trace.py) takes the same. */
-static const struct pykvm_code_page *find(const struct pykvm_moments *all, const struct kvm_sregs *s, uint64_t page)
+/* A page in a table of PYKVM_CODE_PAGES, or NULL; whoever fills one in (pykvm/debug/hostpages.py) takes the same place. */
+const struct pykvm_code_page *pykvm_find_code(const struct pykvm_code_page *pages, const struct kvm_sregs *s, uint64_t page)
 {
-	const struct pykvm_code_page *p = &all->pages[page / PAGE % PYKVM_CODE_PAGES];
+	const struct pykvm_code_page *p = &pages[page / PAGE % PYKVM_CODE_PAGES];
 
 	if (!p->known || p->gva != page || p->cr3 != s->cr3 || p->cr0 != s->cr0 || p->cr4 != s->cr4 || p->efer != s->efer)
 		return NULL;
-	return leads_there(p) ? p : NULL;
+	return pykvm_leads_there(p) ? p : NULL;
 }
 
 /* Copy the code around RIP of a moment that has its registers. Returns 0 when a page of it is not known. */
@@ -54,7 +54,7 @@ int pykvm_keep_code(const struct pykvm_moments *all, struct pykvm_moment *m)
 		n = PAGE - (uint32_t)((at + done) % PAGE);
 		if (n > PYKVM_CODE_SIZE - done)
 			n = PYKVM_CODE_SIZE - done;
-		p = find(all, &m->sregs, (at + done) / PAGE * PAGE);
+		p = pykvm_find_code(all->pages, &m->sregs, (at + done) / PAGE * PAGE);
 		if (!p)
 			return 0;
 		if (p->host)

@@ -243,6 +243,21 @@ class VCPU(Closes):
         native = self.native
         first, interval = _nanoseconds(timeout, 0.01)
         self._begun(lib.pykvm_run_once(native, first, interval))  # answers were stored by Exit.reply()
+        return self._came_back()
+
+    def steps(self, steps: Any, timeout: float | None = None) -> exits.Exit | None:
+        """pykvm_steps(): single steps (``steps``: a ``struct pykvm_steps *``) until there is something to look at. The exit that is no
+        step's, if that was it, as run() has it; None else."""
+        native = self.native
+        first, interval = _nanoseconds(timeout, 0.01)
+        self._begun(lib.pykvm_steps(native, steps, first, interval))
+        if steps.why != lib.PYKVM_STEP_EXIT:
+            native.last = _ERROR
+            return None
+        return self._came_back()
+
+    def _came_back(self) -> exits.Exit:
+        native = self.native
         packed, native.last = native.last, _ERROR  # the caller has it: nothing is left to answer
         if packed & 0xF == _ERROR:
             return self.failed(packed >> 32)

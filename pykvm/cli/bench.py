@@ -19,11 +19,12 @@ if TYPE_CHECKING:
 
 COMMAND = Command(
     "bench",
-    "exits|irq|loop|start|mmu|compare A B|plot A FILE",
+    "exits|irq|loop|start|debug|mmu|compare A B|plot A FILE",
     "exits: what each kind of exit costs, through plain C, the native loop and the Python loop, and by the guest's own clock.\n"
     "irq: from the host's KVM_IRQ_LINE to the guest's handler and back, beside the same ioctls in C.\n"
     "loop: what one vCPU does in a second, and how many times as much several do, each on a host CPU of its own.\n"
     "start: from nothing to a guest's first exit and gone again, beside C; many VMs at once, and what memory each takes.\n"
+    "debug: what a trace costs an exit, what a single step costs beside a bare C loop of them, and the walk of an address.\n"
     "mmu: page walks, page tables and EPT; pykvm bench mmu --help tells more.\n"
     "compare: judges two files of bench exits --json; status 1 when the second is slower anywhere.\n"
     "plot: draws a file of bench exits --json, from a host without matplotlib for example; FILE ends with .svg, .png or .pdf.\n"
@@ -31,7 +32,7 @@ COMMAND = Command(
     "Ctrl-C ends it with status 130, after printing what was measured until then.",
     [
         Option("--rounds", "rounds to measure; bench exits 48, others 40", "N", convert=whole),
-        Option("--batch", "exits a round and loop; bench exits 250, bench irq 500", "N", convert=whole),
+        Option("--batch", "exits (steps) a round and loop; bench exits 250, bench irq 500, bench debug 1000", "N", convert=whole),
         Option("--cpus", "vCPUs, at most (bench loop); as many as there are CPUs", "N", convert=whole),
         Option("--kind", "only this kind of exit, or those that begin so; may be repeated (bench exits)", "KIND", many=True),
         Option("--vms", "VMs at once, at most (bench start)", "N", 1000, whole),
@@ -57,8 +58,8 @@ def main(argv: list[str]) -> int:
 
         return bench_mmu.main(argv[1:])
     (what, *files), o = COMMAND.parse(argv, 1, 3)
-    if what not in ("exits", "irq", "loop", "start", "compare", "plot"):
-        raise ConfigError(f"no benchmark is called {what!r}: use exits, irq, loop, start or mmu, or compare A B, or plot A FILE")
+    if what not in ("exits", "irq", "loop", "start", "debug", "compare", "plot"):
+        raise ConfigError(f"no benchmark is called {what!r}: use exits, irq, loop, start, debug or mmu, or compare A B, or plot A FILE")
     if what == "compare" and len(files) != 2:
         raise ConfigError("compare takes two files: pykvm bench compare A.json B.json")
     if what == "plot" and len(files) != 2:
@@ -72,6 +73,8 @@ def main(argv: list[str]) -> int:
             return _irq(o["batch"] or 500, o["rounds"] or 40, o["json"])
         case "loop":
             return _loop(o["cpus"], o["rounds"] or 40, o["json"])
+        case "debug":
+            return _debug(o["batch"] or 1000, o["rounds"] or 40, o["json"])
         case "start":
             return _start(o["rounds"] or 40, o["vms"], o["json"])
         case "plot":
@@ -249,6 +252,31 @@ def _loop(cpus: int | None, rounds: int, json: bool) -> int:
         for row in rows:
             several = "   ".join(f"{n} vCPUs {_times(e)}" for n, e in row.ratios.items())
             print(f"{row.kind:<20} {row.one.value:>12,.0f} /s   {several}")
+    return _status(interrupted)
+
+
+def _debug(batch: int, rounds: int, json: bool) -> int:
+    from pykvm.bench.debug import bench_debug
+    from pykvm.bench.paired import Interrupted
+
+    interrupted = False
+    try:
+        rows = bench_debug(batch, rounds, _progress("bench debug"))
+    except Interrupted as interrupt:
+        rows, interrupted = interrupt.measured, True
+    finally:
+        _end_progress()
+    if json:
+        _print_json("debug", batch=batch, unit="tsc", rows=[row.as_dict() for row in rows])
+    else:
+        for row in rows:
+            us = 1e3 / row.tsc_khz
+            print(row.what)
+            for name, e in row.units.items():
+                more = row.over.get(name)
+                beside = "" if more is None else f"  {more.value * us:>+9.3f} µs ({more.low * us:.3f} to {more.high * us:.3f})"
+                times = "" if more is None else f"  {_times(row.times[name])}"
+                print(f"  {name:<20} {e.value:>10.0f} TSC units  {e.value * us:>9.3f} µs{beside}{times}")
     return _status(interrupted)
 
 

@@ -23,6 +23,7 @@ from time import monotonic
 
 from pykvm import exits, probe
 from pykvm.abi import lib, new
+from pykvm.debug.manysteps import ManySteps, Until
 from pykvm.debug.planted import OUT, Planted, WatchedBus
 from pykvm.debug.registers import read_register, write_register
 from pykvm.debug.stepping import NOT_STARTED, Stepper, Stopped, Watchpoint
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
 __all__ = ["Control", "Stopped", "Watchpoint"]
 
 DEBUG_REGISTERS = 4
+_TURN, _ALONE = 64, 1 << 20  # steps of one vCPU at a time
 _DR7_LENGTH = {1: 0, 2: 1, 4: 3, 8: 2}
 _DR7_ACCESS = {"write": 1, "read": 3, "access": 3}
 
@@ -55,6 +57,7 @@ class Control:
         self.watchpoints: list[Watchpoint] = []
         self._planted = Planted(machine)
         self._stepper = Stepper(machine, self._planted)
+        self._many = ManySteps(self._stepper)
         self._hardware: list[int | Watchpoint] = []  # what DR0 to DR3 hold while the guest runs
         self._waiting: list[Stopped] = []  # what other vCPUs stopped for at the same moment
         self._hits: _Addresses = set()  # where breakpoints were reported
@@ -200,14 +203,27 @@ class Control:
 
     # --- one step ----------------------------------------------------------------------------------------------------
 
-    def step(self, cpu: int = 0, timeout: float | None = None) -> Stopped:
-        """Run exactly one instruction of one vCPU; the others stand still. Interrupts wait until the guest goes on.
+    def step(self, cpu: int = 0, timeout: float | None = None, count: int = 1, within: tuple[int, int] | None = None) -> Stopped:
+        """Run exactly one instruction of one vCPU, or ``count``; the others stand still. Interrupts wait until the guest goes on.
+
+        ``within`` (first address, end): go on, ``count`` steps at most, until one leads out of there. Many steps end at a breakpoint too.
 
         A device's answer is part of it. An exception leads to the first instruction of its handler. Of a REP instruction it is one
         element or all of them, by host. Raises ConfigError for a vCPU that waits for SIPI.
         """
         with self._run():
-            return self._stepper.step(cpu, None if timeout is None else monotonic() + timeout)
+            deadline = None if timeout is None else monotonic() + timeout
+            if count <= 1:
+                return self._stepper.step(cpu, deadline)
+            until = Until(self.breakpoints, within)
+            while True:
+                done, stopped = self._many.run(cpu, count, deadline, until)
+                count -= done
+                if stopped.reason == "step" and stopped.rip in self.breakpoints and count > 0:
+                    stopped.reason = "breakpoint"
+                    self._hits.add(stopped.rip)
+                if stopped.reason != "step" or count <= 0 or until.has(stopped.rip):
+                    return stopped
 
     # --- going on ----------------------------------------------------------------------------------------------------
 
@@ -304,17 +320,20 @@ class Control:
     # --- watching by steps -------------------------------------------------------------------------------------------
 
     def _cont_by_steps(self, deadline: float | None) -> Stopped:
-        """One instruction of each vCPU in turn, and a look at what is watched."""
+        """Some instructions of each vCPU in turn, and a look at what is watched after each."""
         for watchpoint in self.watchpoints:
             watchpoint.last = self._look_at(watchpoint)
+        until = Until(self.breakpoints, watched=self.watchpoints)
         while True:
-            for cpu in self._started():
+            started = self._started()
+            turn = _ALONE if len(started) == 1 else _TURN
+            for cpu in started:
                 if self.machine.cpus > 1 and self._stepper.vcpu(cpu).get_mp_state() == lib.KVM_MP_STATE_HALTED:
                     stopped = self._stepper.step(cpu, monotonic() + 1e-3)
                     if stopped.reason in ("timeout", "halted") and not self._all_idle():
                         continue
                 else:
-                    stopped = self._stepper.step(cpu, deadline)
+                    _, stopped = self._many.run(cpu, turn, deadline, until)
                 if stopped.reason != "step":
                     return stopped
                 for watchpoint in self.watchpoints:

@@ -86,13 +86,8 @@ class Words:
         return Shown(code if stopped.reason == "step" else f"{name}\n{code}")
 
     def step(self, n: int = 1) -> Shown:
-        """Run ``n`` instructions of the vCPU at hand."""
-        stopped = self.control.step(self.id)
-        for _ in range(n - 1):
-            if stopped.reason != "step":
-                break
-            stopped = self.control.step(self.id)
-        return self._here(stopped)
+        """Run ``n`` instructions of the vCPU at hand, or as many as there are until a breakpoint."""
+        return self._here(self.control.step(self.id, count=n))
 
     def cont(self, timeout: float | None = 10.0) -> Shown:
         """Run on, for at most ``timeout`` seconds (None: without end)."""

@@ -29,10 +29,10 @@ if TYPE_CHECKING:
 
     Access = Literal["write", "read", "access"]
 
-__all__ = ["NOT_STARTED", "Stepper", "Stopped", "Watchpoint"]
+__all__ = ["NOT_STARTED", "SLICE", "Stepper", "Stopped", "Watchpoint"]
 
 NOT_STARTED = (lib.KVM_MP_STATE_UNINITIALIZED, lib.KVM_MP_STATE_INIT_RECEIVED)
-_SLICE = 0.1  # seconds that a step waits at a time
+SLICE = 0.1  # seconds that a step waits at a time
 _MADE_BY_AN_INSTRUCTION = (exits.IoOut, exits.IoIn, exits.MmioWrite, exits.MmioRead, exits.RdMsr, exits.WrMsr, exits.Hypercall, exits.Hlt)
 
 
@@ -118,7 +118,7 @@ class Stepper:
             raise ConfigError(f"vCPU {cpu} waits for INIT and SIPI: let the others run")
         view = self.view(cpu)
         can_step = probe.single_step(probed_mode(view))
-        targets = self._handlers(view)
+        targets = self.handlers(view)
         code = view.read(view.rip, 3)
         following = None
         if not can_step or leaves_step(code) or any(view.rip <= at < view.rip + 15 for at in targets):
@@ -131,8 +131,8 @@ class Stepper:
         flags = lib.KVM_GUESTDBG_SINGLESTEP if can_step else 0
         try:
             self._plant_around(view, targets, following)
-            self._guest_debug(vcpu, flags | (lib.KVM_GUESTDBG_USE_SW_BP if self.planted.byte != OUT else 0))
-            stopped = self._one(cpu, deadline, vcpu)
+            self.guest_debug(vcpu, flags | (lib.KVM_GUESTDBG_USE_SW_BP if self.planted.byte != OUT else 0))
+            stopped = self.one(cpu, deadline, vcpu)
         finally:
             self.planted.remove()
             vcpu.set_guest_debug(0)
@@ -152,7 +152,7 @@ class Stepper:
             view.regs.rcx = count_down(view)
             vcpu.set_regs(view.regs)
 
-    def _handlers(self, view: CpuView) -> set[int]:
+    def handlers(self, view: CpuView) -> set[int]:
         """handlers(view), which are asked for at each step and seldom change."""
         idt = view.sregs.idt
         if not idt.limit:
@@ -176,35 +176,42 @@ class Stepper:
                 self.planted.check(view, following.address, following.user)
                 self.planted.insert(view, [following.address])
 
-    def _one(self, cpu: int, deadline: float | None, vcpu: VCPU) -> Stopped:
+    def one(self, cpu: int, deadline: float | None, vcpu: VCPU) -> Stopped:
         """Enter the guest until it has carried out an instruction, or has come to a planted one."""
         while True:
-            left = _SLICE if deadline is None else deadline - monotonic()
+            left = SLICE if deadline is None else deadline - monotonic()
             if left <= 0:
                 return self.stopped("timeout", cpu, Stop("timeout"))
-            exit = vcpu.run(min(left, _SLICE))
-            if isinstance(exit, exits.Debug):
-                if exit.exception == 3 and not self.planted.is_at(view := self.view(cpu), view.rip):
-                    vcpu.inject_exception(3)  # the guest's own INT3: it shall have it
-                    continue
-                return self.stopped("step", cpu)
-            if self.asked:
-                self.settle(cpu)
-                return self.stopped("interrupted", cpu)
-            if isinstance(exit, exits.Intr | exits.Eagain):
-                if vcpu.get_mp_state() == lib.KVM_MP_STATE_HALTED and not vcpu.native.run.if_flag:
-                    return self.stopped("halted", cpu, Stop("halted"))
-                continue
-            if isinstance(exit, exits.IoOut) and exit.size != 1 and self._is_planted_out(cpu, exit):
-                return self.stopped("step", cpu)
-            stop = self.runner(cpu).serve()
-            if stop is None and isinstance(exit, exits.InternalError):
-                return self.stopped("step", cpu)  # KVM gave up on the instruction, and it was finished all the same
-            if stop is not None or isinstance(exit, _MADE_BY_AN_INSTRUCTION):
-                if stop is not None:
-                    return self.of_stop(stop, cpu)
-                self.settle(cpu)
-                return self.stopped("step", cpu)
+            stopped = self.answered(cpu, vcpu.run(min(left, SLICE)))
+            if stopped is not None:
+                return stopped
+
+    def answered(self, cpu: int, exit: exits.Exit) -> Stopped | None:
+        """What an exit amid a step means, now that it is carried out: the step is over, or (None) goes on."""
+        vcpu = self.vcpu(cpu)
+        if isinstance(exit, exits.Debug):
+            if exit.exception == 3 and not self.planted.is_at(view := self.view(cpu), view.rip):
+                vcpu.inject_exception(3)  # the guest's own INT3: it shall have it
+                return None
+            return self.stopped("step", cpu)
+        if self.asked:
+            self.settle(cpu)
+            return self.stopped("interrupted", cpu)
+        if isinstance(exit, exits.Intr | exits.Eagain):
+            if vcpu.get_mp_state() == lib.KVM_MP_STATE_HALTED and not vcpu.native.run.if_flag:
+                return self.stopped("halted", cpu, Stop("halted"))
+            return None
+        if isinstance(exit, exits.IoOut) and exit.size != 1 and self._is_planted_out(cpu, exit):
+            return self.stopped("step", cpu)
+        stop = self.runner(cpu).serve()
+        if stop is None and isinstance(exit, exits.InternalError):
+            return self.stopped("step", cpu)  # KVM gave up on the instruction, and it was finished all the same
+        if stop is not None:
+            return self.of_stop(stop, cpu)
+        if isinstance(exit, _MADE_BY_AN_INSTRUCTION):
+            self.settle(cpu)
+            return self.stopped("step", cpu)
+        return None
 
     def _is_planted_out(self, cpu: int, exit: exits.IoOut) -> bool:
         view = self.view(cpu)
@@ -227,11 +234,11 @@ class Stepper:
         runner = self.runner(cpu)
         while True:
             runner.vcpu.kick()
-            exit = runner.vcpu.run(_SLICE)
+            exit = runner.vcpu.run(SLICE)
             if not isinstance(exit, exits.MmioRead | exits.MmioWrite | exits.IoIn | exits.IoOut):
                 return
             runner.serve()  # an access that KVM has cut in two
 
-    def _guest_debug(self, vcpu: VCPU, flags: int) -> None:
+    def guest_debug(self, vcpu: VCPU, flags: int) -> None:
         """Interrupts wait while a step is under way, where KVM can have them wait."""
         vcpu.set_guest_debug(lib.KVM_GUESTDBG_ENABLE | flags | self._block_irqs)

@@ -18,12 +18,11 @@ from struct import Struct as Layout
 
 from pykvm import exits
 from pykvm.abi import Struct, ffi, lib
+from pykvm.debug.hostpages import HostPages
 from pykvm.debug.names import Names
-from pykvm.debug.pagetables import paging_name
 from pykvm.errors import ConfigError
 from pykvm.records import RecordRing
 from pykvm.units import PAGE_SIZE
-from pykvm.x86.paging import walk
 from pykvm.x86.view import CpuView
 
 TYPE_CHECKING = False
@@ -194,8 +193,7 @@ class _Tap:
         self._data = ffi.new("struct pykvm_moment[]", capture.batch)
         self._moments = ffi.new("struct pykvm_moments *", {"data": self._data})
         self.ring.cdata.moments = self._moments
-        self._kept: dict[int, list[Any]] = {}  # place in the table -> what keeps that host memory mapped
-        self._slots = self.memory.slots
+        self._pages = HostPages(self.memory, self._moments.pages)
         run = self.native.run
         self._before = (runner.ring, runner.on_records, run.kvm_valid_regs)
         if self._before[0] is not None and self._before[0].cdata.keep:
@@ -213,7 +211,7 @@ class _Tap:
         if self.vcpu.fd >= 0:
             self.native.run.kvm_valid_regs = self._before[2]
         self.vcpu.lent = None
-        self._kept.clear()
+        self._pages.forget()
 
     def take(self, ring: RecordRing) -> None:
         """Empty the ring: what the run loop calls when it is full, when an exit has to be looked at, now and then, and at the end."""
@@ -230,7 +228,7 @@ class _Tap:
             self._also(ring)
         ring.clear()
         self._moments.used = 0
-        self._check_slots()
+        self._pages.check()
         capture.arrived(self, now, records, moments, data)
 
     def _look(self, index: int) -> bytes | None:
@@ -242,45 +240,13 @@ class _Tap:
         s = moment.sregs
         view = CpuView(Frozen(self.vcpu, Struct(moment.regs, moment), Struct(s, moment)), self.memory)  # type: ignore[arg-type]
         for at in {max(0, view.rip - lib.PYKVM_CODE_BEFORE), view.rip + 15 & (1 << 64) - 1}:
-            self._learn(at & -PAGE_SIZE, s)
+            self._pages.learn(at & -PAGE_SIZE, s)
         lib.pykvm_keep_code(self._moments, ffi.addressof(moment))
         run, io = self.native.run, self.native.run.io
         length = io.size * io.count
         if run.exit_reason == _IO and io.count > 1 and io.data_offset + length <= self.native.run_size:
             return bytes(ffi.buffer(ffi.cast("char *", run) + io.data_offset, length))
         return None
-
-    def _learn(self, page: int, s: Any) -> None:
-        """Note where a page of code is in this process, and the page table entries that lead there. The references keep it mapped even when
-        its slot goes."""
-        index = page // PAGE_SIZE % lib.PYKVM_CODE_PAGES
-        entry = self._moments.pages[index]
-        keep: list[Any] = []
-        entry.known = 0
-        entry.gva, entry.cr0, entry.cr3, entry.cr4, entry.efer = page, s.cr0, s.cr3, s.cr4, s.efer
-        found = walk(self.memory, page, cr0=s.cr0, cr3=s.cr3, cr4=s.cr4, efer=s.efer)
-        entry.entries, entry.entry_size = len(found.entries), 4 if paging_name(s.cr0, s.cr4, s.efer) == "32-bit" else 8
-        for i, one in enumerate(found.entries):
-            entry.entry[i], entry.value[i] = self._pointer(one.gpa, entry.entry_size, keep), one.value
-        entry.host = ffi.NULL if found.gpa is None else self._pointer(found.gpa, PAGE_SIZE, keep)
-        self._kept[index] = keep
-        entry.known = 1
-
-    def _pointer(self, gpa: int, size: int, keep: list[Any]) -> Any:
-        slot = self.memory.find(gpa)
-        if slot is None or gpa + size > slot.gpa + slot.size:
-            return ffi.NULL
-        keep.append(ffi.from_buffer("uint8_t[]", slot.map))
-        return ffi.addressof(keep[-1], gpa - slot.gpa)
-
-    def _check_slots(self) -> None:
-        """Forget all pages when guest memory has become other host memory."""
-        slots = self.memory.slots
-        if slots != self._slots:
-            self._slots = slots
-            for index in self._kept:
-                self._moments.pages[index].known = 0
-            self._kept.clear()
 
 
 class Capture:

@@ -64,6 +64,93 @@ def test_a_step_into_a_handler_and_back():
         assert machine.console.text == "two page faults, both as expected\n"
 
 
+@pytest.mark.parametrize("mode", MODES)
+def test_many_steps_are_as_many_single_ones(mode):
+    machine, control, _ = snippet(WAYS, mode)
+    with machine:
+        seen = [control.step(timeout=TIMEOUT).rip for _ in range(11)]
+    for count in (3, 5):
+        machine, control, _ = snippet(WAYS, mode)
+        with machine:
+            got = [control.step(timeout=TIMEOUT, count=count).rip for _ in range(11 // count)]
+            assert got == seen[count - 1 :: count]
+
+
+def test_many_steps_go_through_handlers_and_devices():
+    with Machine("page_fault") as machine:
+        control = Control(machine)
+        seen = [control.step(timeout=TIMEOUT).rip for _ in range(48)]
+    with Machine("page_fault") as machine:
+        control = Control(machine)
+        assert [control.step(timeout=TIMEOUT, count=6).rip for _ in range(8)] == seen[5::6]
+        stopped = control.step(timeout=TIMEOUT, count=1 << 40)
+        assert (stopped.reason, stopped.code) == ("exit", 0)
+        assert machine.console.text == "two page faults, both as expected\n"
+
+
+def test_many_steps_see_a_handler_that_comes_to_be():
+    """The IDT is written by plain moves; the very next instruction faults."""
+    source = """
+        lea rax, [rip + handler]
+        lidt [rip + pointer]
+        mov edi, 0x180000 + 6 * 16
+        mov [rdi], ax
+        mov dword ptr [rdi + 2], 0x8e000010
+        shr rax, 16
+        mov [rdi + 6], ax
+        mov ecx, 1
+        ud2
+        mov al, 1
+        out 0xf4, al
+    handler:
+        mov al, 7
+        out 0xf4, al
+        .balign 16
+    pointer: .word 0xfff
+        .quad 0x180000
+    """
+    machine, control, _ = snippet(source, "long")
+    with machine:
+        stopped = control.step(timeout=TIMEOUT, count=9)
+        assert machine.memory.read(stopped.rip, 4) == b"\xb0\x07\xe6\xf4"
+        stopped = control.step(timeout=TIMEOUT, count=100)
+        assert (stopped.reason, stopped.code) == ("exit", 7)
+
+
+def test_many_steps_end_where_they_are_told():
+    source = "mov ecx, 1000; 1: inc rax; dec ecx; jnz 1b; nop; mov ebx, 0xd0200000; mov [rbx], eax; mov al, 3; out 0xf4, al"
+    machine, control, start = snippet(source, "long")
+    with machine:
+        inside = (start + 5, start + 12)
+        stopped = control.step(timeout=TIMEOUT, count=4)
+        assert stopped.rip == start + 5
+        stopped = control.step(timeout=TIMEOUT, count=1 << 40, within=inside)
+        assert (stopped.reason, stopped.rip, control.get("rax")) == ("step", start + 12, 1000)
+    machine, control, start = snippet(source, "long")
+    with machine:
+        control.add_breakpoint(start + 10)
+        for i in range(1, 4):
+            stopped = control.step(timeout=TIMEOUT, count=1000)
+            assert (stopped.reason, stopped.rip, control.get("rax")) == ("breakpoint", start + 10, i)
+        control.detach()
+        stopped = control.step(timeout=TIMEOUT, count=1 << 40)
+        assert (stopped.reason, stopped.code) == ("exit", 3)
+        assert machine.bus.unclaimed == {("mmio", 0xD0200000, 4, True): 1}
+
+
+def test_many_steps_are_interrupted():
+    machine, control, _ = snippet("1: inc rax; jmp 1b", "long")
+    with machine:
+        assert control.step(timeout=0.05, count=1 << 60).reason == "timeout"
+        stopped = []
+        thread = Thread(target=lambda: stopped.append(control.step(count=1 << 60)))
+        thread.start()
+        while not control.interrupt():
+            pass
+        thread.join(TIMEOUT)
+        assert [s.reason for s in stopped] == ["interrupted"]
+
+
 def test_a_step_of_mmio_and_of_hlt():
     machine, control, start = snippet("mov ebx, 0xd0200000; mov [rbx], eax; mov eax, [rbx]; hlt; nop", "long")
     with machine:

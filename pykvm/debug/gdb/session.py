@@ -30,6 +30,7 @@ _SIGNALS = {"crash": _SIGSEGV, "interrupted": _SIGINT, "timeout": _SIGXCPU}
 _ACCESS: dict[bytes, Access] = {b"2": "write", b"3": "read", b"4": "access"}
 _WATCH = {"write": "watch", "read": "rwatch", "access": "awatch"}
 _ENDS = ("exit", "halted", "reset")
+_FOREVER = 1 << 63  # steps
 _ROOM = PACKET_SIZE // 2 - 16
 _SUPPORTED = b"PacketSize=%x;QStartNoAckMode+;qXfer:features:read+;qXfer:exec-file:read+;vContSupported+;swbreak+;hwbreak+" % PACKET_SIZE
 
@@ -100,7 +101,7 @@ class Session:
 
     def _verbose(self, rest: bytes) -> bytes:
         if rest == b"Cont?":
-            return b"vCont;c;C;s;S"
+            return b"vCont;c;C;s;S;r"
         if rest.startswith(b"Cont;"):
             return self._vcont(rest[5:])
         if rest.startswith(b"Kill"):
@@ -234,19 +235,27 @@ class Session:
             if what[:1] in (b"s", b"S"):
                 cpu = self._thread(thread)
                 return self._resume(self._step_cpu if cpu is None else cpu)
+            if what[:1] == b"r":
+                cpu, numbers = self._thread(thread), _numbers(what[1:], 2)
+                if numbers is None:
+                    return _BAD
+                return self._resume(self._step_cpu if cpu is None else cpu, (numbers[0], numbers[1]))
             if what[:1] not in (b"c", b"C"):
                 return _BAD
         return self._resume(None)
 
-    def _resume(self, step: int | None) -> bytes:
-        """Let the guest go on, and say what it stands still for."""
+    def _resume(self, step: int | None, within: tuple[int, int] | None = None) -> bytes:
+        """Let the guest go on, or step one vCPU (as long as it is ``within``), and say what it stands still for."""
         before = self.stopped
         if before is not None and before.reason == "crash":
             self.over = "ended"
             return b"X%02x" % _SIGSEGV
         self.running = True
         try:
-            self.stopped = self.control.cont(self.timeout) if step is None else self.control.step(step, self.timeout)
+            if step is None:
+                self.stopped = self.control.cont(self.timeout)
+            else:
+                self.stopped = self.control.step(step, self.timeout, 1 if within is None else _FOREVER, within)
         except ConfigError as error:  # a vCPU that cannot be stepped: it stands where it stood
             self._say(f"pykvm: {error}\n")
             return b"T%02xthread:%x;" % (_SIGTRAP, (step or 0) + 1)
