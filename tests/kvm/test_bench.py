@@ -284,13 +284,14 @@ def test_bench_irq_counts_only_interrupts_that_came(capsys):
 
 @slow
 def test_bench_debug_measures_what_looking_costs(capsys):
-    assert main(["bench", "debug", "--batch", "20", "--rounds", "2", "--json"]) == 0
+    assert bench.main(["debug", "--batch", "20", "--rounds", "2", "--json"]) == 0
     rows = {row["what"]: row["units"] for row in json.loads(capsys.readouterr().out)["rows"]}
     assert set(rows["an exit, native loop"]) == {"plain", "captured", "events"}
     assert {"many", "planted"} & set(rows["a step at CPL0"]) and {"many", "planted"} & set(rows["a step at CPL3"])
     assert all(e["median"] > 0 for units in rows.values() for e in units.values())
 
 
+@slow
 def test_bench_loop_counts_what_each_vcpu_does(capsys):
     assert bench.main(["loop", "--rounds", "1", "--cpus", "2", "--json"]) == 0
     rows = json.loads(capsys.readouterr().out)["rows"]
