@@ -99,7 +99,8 @@ class PcTest(Pc):
             bus.pio.add(port, length, device)
         log = DebugConsole(self.debug_port)
         bus.pio.add(DEBUG_PORT, 1, log, name="debug port", native=Native.append(self.debug_port))
-        bus.mmio.add(TEST_MMIO_GPA, MMIO_LENGTH, Scratch(MMIO_LENGTH), name="test memory")
+        if memory.find(TEST_MMIO_GPA) is None:  # firmware of 16 MiB begins there
+            bus.mmio.add(TEST_MMIO_GPA, MMIO_LENGTH, Scratch(MMIO_LENGTH), name="test memory")
 
     def prepare(self, memory: GuestMemory, vm: VM, *, firmware: bool) -> int:
         """What the guest finds at its start: fw_cfg's files, and the tables in memory, unless ``firmware`` puts them there itself."""

@@ -34,6 +34,7 @@ PM = 0x80
 DONT_CARE = 0xC0
 DAY_SECONDS = 86400
 CRYSTAL = 32768  # Hz: the unit that time is counted in here
+UPDATE_TOLD = 8  # crystal periods, 244 µs: so long before an update UIP tells of it
 _LIMITS = {  # register -> smallest and largest value; of HOURS in 24-hour mode
     SECONDS: (0, 59), MINUTES: (0, 59), HOURS: (0, 23), WEEKDAY: (1, 7), DAY: (1, 31), MONTH: (1, 12), YEAR: (0, 99), CENTURY: (0, 99),
 }  # fmt: skip
@@ -112,6 +113,8 @@ class Rtc:
             return value
         if register == REG_D:
             return D_VALID
+        if register == REG_A and not self._stands() and self._time() % CRYSTAL >= CRYSTAL - UPDATE_TOLD:
+            return self.ram[REG_A] | A_UIP
         return self.ram[register]
 
     def _write(self, register: int, value: int) -> None:
@@ -119,7 +122,7 @@ class Rtc:
         if register in _LIMITS:
             self._set_time(register, value)
         elif register == REG_A:
-            self._control(value & ~A_UIP, self.ram[REG_B])  # the update takes no time here, so it is never in progress
+            self._control(value & ~A_UIP, self.ram[REG_B])  # UIP is read only
         elif register == REG_B:
             self._control(self.ram[REG_A], value & ~B_UPDATE if value & B_SET else value)
         elif register not in (REG_C, REG_D):

@@ -4,6 +4,7 @@ import pytest
 
 from pykvm import ConfigError, GuestImageError, Machine, asm
 from pykvm.memorymap import e820, memory_map
+from pykvm.units import MIB
 from tests.conftest import TIMEOUT
 from tests.kvm.test_cli import run as pykvm
 
@@ -127,6 +128,12 @@ def test_an_image_where_the_tables_are(tmp_path):
     with pytest.raises(GuestImageError, match="platform has its tables"):
         Machine(image, mode="real", memory="2M", platform="pc-test")
     Machine(image, mode="real", memory="2M").close()
+
+
+def test_firmware_of_16_mib_takes_the_place_of_the_test_memory():
+    code = asm("mov al, 42\n out 0xf4, al\n hlt", bits=16, org=0xFFF0)
+    with Machine(bytes(16 * MIB - 16) + code.ljust(16, b"\0"), format="firmware", memory="2M") as machine:
+        assert machine.run(TIMEOUT).exit_code == 42
 
 
 @pytest.mark.slow  # four processes

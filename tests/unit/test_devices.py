@@ -271,6 +271,17 @@ def test_update_flag():
     assert clock[C] == 0
 
 
+def test_an_update_is_told_of_244_microseconds_before():
+    clock = Clock()
+    for fraction, told in ((0.5, 0), (1 - 300e-6, 0), (1 - 200e-6, 0x80), (1 - 20e-6, 0x80), (1.0, 0), (1.1, 0)):
+        clock.now = 1e9 + fraction
+        assert clock[A] == 0x26 | told
+    clock.now = 1e9 + 1 - 100e-6
+    clock[A] = 0xA6  # it cannot be written
+    clock[B] = H24 | SET  # no updates, nothing to tell of
+    assert clock[A] == 0x26
+
+
 @pytest.mark.parametrize(
     ("rate", "hertz"), [(1, 256), (2, 128), (3, 8192), (4, 4096), (6, 1024), (8, 256), (12, 16), (13, 8), (14, 4), (15, 2)]
 )
