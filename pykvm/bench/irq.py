@@ -12,6 +12,8 @@ from pykvm.assemble import asm
 from pykvm.bench.paired import Estimate, Interrupted, estimate, measure, ratio
 from pykvm.errors import KvmError
 from pykvm.machine import Machine
+from pykvm.x86.idt import GATE_SIZE, gate, use_idt
+from pykvm.x86.modes import CODE64
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -23,19 +25,17 @@ if TYPE_CHECKING:
 __all__ = ["IrqRow", "bench_irq"]
 
 ASK_PORT, STOP_PORT, GSI, VECTOR = 0x300, 0xF4, 10, 0x41
+CODE_GPA, HANDLER_GPA, IDT_GPA = 0x100000, 0x100010, 0x101000
 LOST = 1  # exit code: an interrupt did not come
 
 _GUEST = f"""
-start:  lea rax, [rip + handler]
-        lea rdi, [rip + idt + {VECTOR} * 16]
-        mov [rdi], ax
-        mov dword ptr [rdi + 2], 0x8e000010
-        shr rax, 16
-        mov [rdi + 6], ax
-        shr rax, 16
-        mov [rdi + 8], eax
-        lidt [rip + idtr]
-        mov al, 0xff                    # the PICs have the line too
+        jmp start
+        .balign 16
+handler:
+        mov dword ptr [r12 + 0xb0], 0
+        inc ebx
+        iretq
+start:  mov al, 0xff                    # the PICs have the line too
         out 0x21, al
         out 0xa1, al
         mov r12d, 0xfee00000            # LAPIC on
@@ -58,15 +58,6 @@ next:   mov ebx, 0
 lost:   mov al, {LOST}
         out {STOP_PORT}, al
         jmp again
-handler:
-        mov dword ptr [r12 + 0xb0], 0
-        inc ebx
-        iretq
-        .balign 16
-idtr:   .word ({VECTOR} + 1) * 16 - 1
-        .quad idt
-        .balign 16
-idt:    .skip ({VECTOR} + 1) * 16
 """
 
 
@@ -99,9 +90,11 @@ class _Asked:
 
 def bench_irq(batch: int = 500, rounds: int = 40, progress: Callable[[int, int], None] | None = None) -> IrqRow:
     """``rounds`` rounds of ``batch`` interrupts each way, paired. Needs KVM_CAP_IRQCHIP."""
-    code = asm(_GUEST.format(batch=batch), bits=64, org=0x100000)
+    code = asm(_GUEST.format(batch=batch), bits=64, org=CODE_GPA)
     with Machine(code, mode="long", memory="2M", loop="python", irqchip="kernel") as machine:
         native, vm, rdtsc = machine.vcpu.native, machine.vm, lib.pykvm_rdtsc
+        machine.memory.write(IDT_GPA + GATE_SIZE * VECTOR, gate(HANDLER_GPA, CODE64))
+        use_idt(machine.vcpu, IDT_GPA)
         machine.add_device(_Asked(machine.irq(GSI)), port=ASK_PORT)
 
         def python() -> float:

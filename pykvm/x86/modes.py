@@ -31,6 +31,7 @@ from pykvm.platform import (
     TSS_GPA,
 )
 from pykvm.units import MIB, PAGE_SIZE
+from pykvm.x86.idt import gate
 from pykvm.x86.paging import PageTableBuilder
 from pykvm.x86.regs import CR0, CR4, EFER, RFLAGS
 
@@ -273,8 +274,7 @@ def _write_idt(memory: GuestMemory) -> None:
         stub += b"\xe9" + (common - (at + len(stub) + 5)).to_bytes(4, "little", signed=True)  # jmp common
         stubs += stub.ljust(16, b"\xcc")
         dpl = 3 if vector in (3, 4) else 0  # int3 and into may be the program's own
-        gate = at & 0xFFFF | CODE64 << 16 | (0xE | dpl << 5 | 1 << 7) << 40 | (at >> 16 & 0xFFFF) << 48
-        idt += gate.to_bytes(8, "little") + (at >> 32).to_bytes(8, "little")
+        idt += gate(at, CODE64, dpl)
     # push rax; mov eax, [rsp + 8]; out EXCEPTION_REPORT, eax; here: hlt; jmp here
     stubs += b"\x50\x8b\x44\x24\x08" + bytes((0xE7, EXCEPTION_REPORT)) + b"\xf4\xeb\xfd"
     memory.write(STUBS_GPA, stubs)

@@ -8,47 +8,41 @@ import pykvm
 from pykvm import EventFd, Machine, Route, default_routes, msi_message, take_turns
 from pykvm.errors import ConfigError
 from pykvm.needs import unmet
+from pykvm.x86.idt import GATE_SIZE, gate, use_idt
+from pykvm.x86.modes import CODE64
 from tests.conftest import TIMEOUT
 
 READY = 0x142
+CODE_GPA, IDT_GPA = 0x100000, 0x102000
 LAPIC_ON = "mov ebx, 0xfee00000; mov dword ptr [rbx + 0xf0], 0x1ff"
 # A 64-bit guest whose handler for VECTOR returns to where the guest ends with the vector as exit code. (It must return: Bochs keeps NMIs
 # masked, for later VMs too, when a guest is given up in its NMI handler.)
 WAITS = """
-        lea rax, [rip + handler]
-        lea rdi, [rip + idt + {vector} * 16]
-        mov [rdi], ax
-        mov dword ptr [rdi + 2], 0x8e000010
-        shr rax, 16
-        mov [rdi + 6], ax
-        shr rax, 16
-        mov [rdi + 8], eax
-        lidt [rip + idtr]
-        {setup}
-        sti
-        mov edx, 0x142
-        out dx, al
-1:      hlt
-        jmp 1b
+        jmp start
+        .balign 16
 handler:
         lea rax, [rip + done]
         mov [rsp + {frame}], rax
         add rsp, {frame}
         iretq
+start:  {setup}
+        sti
+        mov edx, 0x142
+        out dx, al
+1:      hlt
+        jmp 1b
 done:   mov al, {vector}
         out 0xf4, al
         hlt
-        .balign 16
-idtr:   .word ({vector} + 1) * 16 - 1
-        .quad idt
-        .balign 16
-idt:    .skip ({vector} + 1) * 16
 """
 
 
 def waits(vector, setup="", **options):
     source = WAITS.format(vector=vector, setup=setup, frame=8 if vector == 13 else 0)  # the error code
-    return Machine(pykvm.asm(source, bits=64, org=0x100000), mode="long", memory="2M", **options)
+    machine = Machine(pykvm.asm(source, bits=64, org=CODE_GPA), mode="long", memory="2M", **options)
+    machine.memory.write(IDT_GPA + GATE_SIZE * vector, gate(CODE_GPA + 0x10, CODE64))
+    use_idt(machine.vcpu, IDT_GPA)
+    return machine
 
 
 def flat(source, **options):

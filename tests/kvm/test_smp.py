@@ -10,7 +10,7 @@ import pytest
 
 import pykvm
 from pykvm import GuestCrash, Machine
-from tests.conftest import TIME_SCALE, TIMEOUT
+from tests.conftest import TIME_SCALE, TIMEOUT, Running
 
 AP_PAGE = 0x7000
 COUNTERS = 0x8000  # of vCPU 0 and vCPU 1, four bytes each
@@ -48,31 +48,6 @@ def until(condition):
 def both_move(machine):
     before = counters(machine)
     until(lambda: all(now != then for now, then in zip(counters(machine), before, strict=True)))
-
-
-class Running:
-    """machine.run() in another thread, for a with statement, which stops it at its end; then ``result`` or ``error`` is there."""
-
-    def __init__(self, machine, timeout=TIMEOUT):
-        self.machine, self.result, self.error = machine, None, None
-        self.thread = threading.Thread(target=self._run, args=(timeout,))
-
-    def _run(self, timeout):
-        try:
-            self.result = self.machine.run(timeout)
-        except BaseException as error:
-            self.error = error
-
-    def __enter__(self):
-        self.thread.start()
-        return self
-
-    def __exit__(self, *_):
-        if self.thread.is_alive():
-            self.machine.stop()
-        self.thread.join()
-        for runner in self.machine.runners:
-            runner.take_back_stop()  # the run may have ended by itself just before: the stop is not meant for the next one
 
 
 # --- starting ---------------------------------------------------------------------------------------------------------

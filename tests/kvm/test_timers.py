@@ -1,13 +1,12 @@
 """Clocks and timers of the guest: what they cost in exits, and that they stand still while the machine is paused."""
 
-import threading
 import time
 
 import pytest
 
 import pykvm
 from pykvm import Machine
-from tests.conftest import TIME_SCALE, TIMEOUT
+from tests.conftest import TIME_SCALE, TIMEOUT, Running
 
 READING = 0x100800  # where the guest writes; 8 bytes
 PAUSE = 0.3 * TIME_SCALE
@@ -58,28 +57,6 @@ def until(condition):
     while not condition():
         assert time.monotonic() < deadline, "it did not come"
         time.sleep(0.002)
-
-
-class Running:
-    """machine.run() in another thread, stopped at the end of a with statement."""
-
-    def __init__(self, machine):
-        self.machine, self.result = machine, None
-        self.thread = threading.Thread(target=self._run)
-
-    def _run(self):
-        self.result = self.machine.run(TIMEOUT)
-
-    def __enter__(self):
-        self.thread.start()
-        return self
-
-    def __exit__(self, *_):
-        if self.thread.is_alive():
-            self.machine.stop()
-        self.thread.join()
-        for runner in self.machine.runners:
-            runner.take_back_stop()  # the run may have ended by itself just before: the stop is not meant for the next one
 
 
 @pytest.mark.parametrize("name", ["lapic_timer", "pic_pit"])
