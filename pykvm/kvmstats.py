@@ -8,36 +8,71 @@ from __future__ import annotations
 
 import os
 import struct
+import sys
+
+from pykvm.errors import KvmError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from pykvm.vcpu import VCPU
     from pykvm.vm import VM
 
     Values = dict[str, int | list[int]]
     Snapshot = dict[str, list[Values]]
 
-__all__ = ["difference", "read_stats", "snapshot"]
+__all__ = ["Counters", "difference", "read_stats", "snapshot"]
 
 _HEADER = struct.Struct("6I")  # struct kvm_stats_header: flags, name_size, num_desc, id_offset, desc_offset, data_offset
 _DESCRIPTOR = struct.Struct("IhHII")  # struct kvm_stats_desc: flags, exponent, size, offset, bucket_size; then the name
 _LIMIT = 1 << 20  # bytes of one such file; real ones have a few thousand
 
 
+def _places(content: bytes) -> dict[str, tuple[int, int]]:
+    """Name -> (offset, number of 64-bit values). Raises struct.error where the file is cut short."""
+    _, name_size, count, _, at, data = _HEADER.unpack_from(content)
+    found = {}
+    for _ in range(count):
+        _, _, size, offset, _ = _DESCRIPTOR.unpack_from(content, at)
+        name = content[at + _DESCRIPTOR.size : at + _DESCRIPTOR.size + name_size].partition(b"\0")[0].decode("ascii", "replace")
+        found[name] = (data + offset, size)
+        at += _DESCRIPTOR.size + name_size
+    return found
+
+
 def read_stats(fd: int) -> Values:
     """The counters behind a statistics fd by name; a histogram is a list of its buckets. An unreadable file gives none."""
     content = os.pread(fd, _LIMIT, 0)
     try:
-        _, name_size, count, _, at, data = _HEADER.unpack_from(content)
         found: Values = {}
-        for _ in range(count):
-            _, _, size, offset, _ = _DESCRIPTOR.unpack_from(content, at)
-            name = content[at + _DESCRIPTOR.size : at + _DESCRIPTOR.size + name_size].partition(b"\0")[0].decode("ascii", "replace")
-            values = struct.unpack_from(f"{size}Q", content, data + offset)
+        for name, (at, size) in _places(content).items():
+            values = struct.unpack_from(f"{size}Q", content, at)
             found[name] = values[0] if size == 1 else list(values)
-            at += _DESCRIPTOR.size + name_size
         return found
     except struct.error:
         return {}
+
+
+class Counters:
+    """Some counters of a VM or vCPU, to be read often and at little cost; none where KVM has none (KVM_CAP_BINARY_STATS_FD)."""
+
+    def __init__(self, of: VM | VCPU, names: tuple[str, ...]) -> None:
+        self._fd, self._at = -1, dict[str, int]()
+        try:
+            self._fd = of.get_stats_fd()
+        except KvmError:
+            return
+        places = _places(os.pread(self._fd, _LIMIT, 0))
+        self._at = {name: places[name][0] for name in names if places.get(name, (0, 0))[1] == 1}
+
+    def read(self) -> dict[str, int]:
+        """Values by name."""
+        return {name: int.from_bytes(os.pread(self._fd, 8, at), sys.byteorder) for name, at in self._at.items()}
+
+    def close(self) -> None:
+        """Close the fd, which keeps the VM."""
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
 
 
 def snapshot(vm: VM) -> Snapshot:

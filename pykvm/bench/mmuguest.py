@@ -10,11 +10,12 @@ import os
 import random
 from contextlib import ExitStack
 from errno import EINTR
-from struct import pack_into, unpack, unpack_from
+from struct import pack_into
 
-from pykvm.abi import ffi, ioctl_value, lib
+from pykvm.abi import ffi, lib
 from pykvm.assemble import asm
 from pykvm.errors import ConfigError, KvmError
+from pykvm.kvmstats import Counters
 from pykvm.memory import GuestMemory
 from pykvm.platform import LOAD_GPA
 from pykvm.units import GIB, MIB, PAGE_SIZE, format_size
@@ -183,9 +184,9 @@ class Guest:
             self.vcpu = self.vm.create_vcpu()
             self.vcpu.set_cpuid2(system.get_supported_cpuid().as_guest())
             mode.apply(self.vcpu, memory, LOAD_GPA, {"rsp": STACK_GPA})
-            self._counters = Counters(self.vcpu.fd, COUNTERS)
+            self._counters = Counters(self.vcpu, COUNTERS)
             stack.callback(self._counters.close)
-            self._pages = Counters(self.vm.fd, ("pages_4k", "pages_2m", "pages_1g"))
+            self._pages = Counters(self.vm, ("pages_4k", "pages_2m", "pages_1g"))
             stack.callback(self._pages.close)
             self._stack = stack.pop_all()
 
@@ -281,32 +282,3 @@ def fill_chain(ram: Any, size: int) -> None:
     nodes = [0, *(PAGE_SIZE * page + 64 * chance.randrange(64) for page in pages)]
     for node, after in zip(nodes, [*nodes[1:], 0], strict=True):
         pack_into("<Q", ram, node, after)
-
-
-class Counters:
-    """Reads counters of a VM's or vCPU's KVM_GET_STATS_FD (api.rst 4.133); none where KVM has no such thing."""
-
-    def __init__(self, fd: int, names: tuple[str, ...]) -> None:
-        self.fd, self.at = -1, dict[str, int]()
-        try:
-            self.fd = ioctl_value(fd, "KVM_GET_STATS_FD")
-        except KvmError:
-            return
-        _, name_size, count, _, descriptors, data = unpack("<6I", os.pread(self.fd, 24, 0))
-        size = 16 + name_size
-        raw = os.pread(self.fd, size * count, descriptors)
-        for at in range(0, len(raw), size):
-            _, _, values, offset, _ = unpack_from("<IhHII", raw, at)
-            name = raw[at + 16 : at + size].split(b"\0", 1)[0].decode()
-            if name in names and values == 1:
-                self.at[name] = data + offset
-
-    def read(self) -> dict[str, int]:
-        """Values by name."""
-        return {name: int(unpack("<Q", os.pread(self.fd, 8, at))[0]) for name, at in self.at.items()}
-
-    def close(self) -> None:
-        """Close the fd."""
-        if self.fd >= 0:
-            os.close(self.fd)
-            self.fd = -1
