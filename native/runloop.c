@@ -320,6 +320,40 @@ static ALWAYS_INLINE int act_quickly(const struct pykvm_vcpu *v, struct kvm_run 
 	return 1;
 }
 
+/* What tells one access from another, word by word as struct kvm_run has it; without the data. */
+static ALWAYS_INLINE struct pykvm_again what(const struct kvm_run *run)
+{
+	struct pykvm_again w = { .reason = run->exit_reason };
+
+	if (run->exit_reason == KVM_EXIT_IO) {
+		memcpy(&w.first, &run->io, 8);	/* direction, size, port, count */
+		w.second = run->io.data_offset;
+	} else {
+		w.first = run->mmio.phys_addr;
+		w.second = run->mmio.len | (uint64_t)run->mmio.is_write << 32;
+	}
+	return w;
+}
+
+/* The Python loop's most frequent case: the last access to a device once more. Returns 0 when the long way has to be gone. */
+static ALWAYS_INLINE uint64_t again(struct pykvm_vcpu *v, struct kvm_run *run)
+{
+	const struct pykvm_again *w = &v->again, now = what(run);
+	uint8_t *data;
+	uint64_t value;
+
+	if (now.reason != w->reason || now.first != w->first || now.second != w->second)
+		return 0;
+	data = now.reason == KVM_EXIT_IO ? (uint8_t *)run + now.second : run->mmio.data;
+	if (w->is_write) {
+		value = load(data, w->size);
+		return value >> 32 ? 0 : w->name | value << 32;
+	}
+	v->reply_at = data;
+	v->reply_size = w->size;
+	return w->name;
+}
+
 /* Where the time of an exit's answer ends and that of the next KVM_RUN begins: one reading of the clock is both. The page fault that
  * the first record in a page costs comes between them, and is in nobody's time. So does what a trace
  * keeps of the last exit. Returns that reading, 0 when the ring is full, or when Python has to look at that exit now. */
@@ -350,6 +384,7 @@ static ALWAYS_INLINE uint64_t run_recording(struct pykvm_vcpu *v, struct pykvm_r
 	const struct pykvm_range *range;
 	uint64_t before = 0, after = 0;
 	struct access a;
+	uint64_t packed;
 	int is_access;
 
 	for (;;) {
@@ -371,6 +406,8 @@ static ALWAYS_INLINE uint64_t run_recording(struct pykvm_vcpu *v, struct pykvm_r
 				record_quick(v, ring, before, after);
 			continue;
 		}
+		if (!ring && (packed = again(v, run)))
+			return packed;
 		is_access = read_access(v, &a);
 		if (ring)
 			record(v, ring, is_access ? &a : NULL, before, after);
@@ -385,8 +422,16 @@ static ALWAYS_INLINE uint64_t run_recording(struct pykvm_vcpu *v, struct pykvm_r
 		range = find(v, &a);
 		if (!range)
 			return pack(PYKVM_LOOK, run->exit_reason);
-		if (!v->native || !act(v, range, &a))
-			return pack_access(range, &a);
+		if (!v->native || !act(v, range, &a)) {
+			packed = pack_access(range, &a);
+			if (!ring && (packed & 15) != PYKVM_LOOK && (!v->native || range->action == PYKVM_TO_PYTHON)) {
+				v->again = what(run);
+				v->again.name = (uint32_t)packed;
+				v->again.size = a.size;
+				v->again.is_write = a.is_write;
+			}
+			return packed;
+		}
 	}
 }
 
@@ -424,6 +469,7 @@ void pykvm_forget(struct pykvm_vcpu *v)
 	v->stash = without_index(v, v->stash);
 	memset(v->hot, 0, sizeof(v->hot));
 	memset(v->recent, 0, sizeof(v->recent));
+	v->again.reason = 0;
 }
 
 /* Run until Python must see something: slot | value << 8, or 0 with the whole story in last. */

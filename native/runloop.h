@@ -35,6 +35,12 @@ struct pykvm_hot {
 	uint32_t slot;
 };
 
+/* The last access that went to Python, to know it again: its name is the low half of its word. reason 0: none. */
+struct pykvm_again {
+	uint64_t first, second;
+	uint32_t reason, name, size, is_write;
+};
+
 /* What the native loop may do with a range without asking Python. */
 enum {
 	PYKVM_TO_PYTHON = 0,
@@ -170,6 +176,7 @@ struct pykvm_vcpu {
 	struct pykvm_table *table;
 	struct pykvm_ring *ring;
 	const struct pykvm_range *recent[2];	/* of the last PIO and the last MMIO access */
+	struct pykvm_again again;
 	struct pykvm_hot hot[PYKVM_HOT];
 	uint64_t counts[PYKVM_REASONS];
 	uint64_t last;			/* what the last step found */

@@ -185,6 +185,7 @@ static int bind(struct pykvm_vcpu *v)
 		sigaddset(&ours, v->signal);
 		pthread_sigmask(SIG_UNBLOCK, &ours, &before);
 		v->was_blocked = (uint32_t)sigismember(&before, v->signal);
+		v->again.reason = 0;	/* another loop may do otherwise with the same access */
 		v->outer = pykvm_current;
 		pykvm_current = v;
 		v->process = process_id;
