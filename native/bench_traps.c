@@ -1,5 +1,6 @@
 /* What `pykvm bench exits` compares with, for the exits that the plain loop of bench.c does not know. See bench.h. All return TSC units or
  * -errno; -EINTR for a signal. */
+#include "kvm_compat.h"
 #include "bench.h"
 
 #include <errno.h>
@@ -22,7 +23,7 @@ static int serve_io(struct kvm_run *run, volatile uint64_t *device)
 
 /* The loop for MSRs, hypercalls, HLT, coalesced writes and what would end a run. Until the guest writes to stop_port, or, with a limit,
  * until so many exits have come. A DEBUG exit moves RIP by skip bytes, through the registers that kvm_run synchronizes. ring: of
- * coalesced writes, or NULL. only: with a limit, the one reason that counts; another is -EPROTO. */
+ * coalesced writes, or NULL. only: one more reason that may come; with a limit, the only one. Another is -EPROTO. */
 int64_t pykvm_bench_traps(int fd, struct kvm_run *run, uint16_t stop_port, uint32_t limit, uint32_t only, uint32_t skip,
 			  struct kvm_coalesced_mmio_ring *ring)
 {
@@ -32,7 +33,7 @@ int64_t pykvm_bench_traps(int fd, struct kvm_run *run, uint16_t stop_port, uint3
 	uint32_t exits = 0;
 
 	for (;;) {
-		if (ioctl(fd, KVM_RUN, 0)) {
+		if (ioctl(fd, KVM_RUN, 0) && !(errno == EFAULT && only == KVM_EXIT_MEMORY_FAULT)) {
 			if (errno == EINTR)
 				run->immediate_exit = 0;
 			return -errno;
@@ -74,7 +75,7 @@ int64_t pykvm_bench_traps(int fd, struct kvm_run *run, uint16_t stop_port, uint3
 		case KVM_EXIT_HLT:
 			break;
 		default:
-			if (!limit)
+			if (!limit && run->exit_reason != only)
 				return -EPROTO;
 		}
 		if (limit && ++exits == limit)

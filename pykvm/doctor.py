@@ -65,6 +65,13 @@ CAPABILITIES = {
     "KVM_CAP_EXIT_HYPERCALL": "hypercalls that reach user space, one bit each",
     "KVM_CAP_X86_BUS_LOCK_EXIT": "exits of kind BusLock, for who switches them on",
     "KVM_CAP_X86_NOTIFY_VMEXIT": "exits of kind Notify, for who switches them on",
+    "KVM_CAP_EXIT_ON_EMULATION_FAILURE": "the guest's instruction stays where KVM's emulator gave up (bench exits)",
+    "KVM_CAP_DIRTY_LOG_RING": "exits of kind DirtyRingFull (bench exits)",
+    "KVM_CAP_VAPIC": "exits of kind TprAccess (bench exits)",
+    "KVM_CAP_HYPERV": "exits of kind SystemEvent and Hyperv (bench exits)",
+    "KVM_CAP_HYPERV_SYNIC2": "Hyper-V messages (bench exits)",
+    "KVM_CAP_XEN_HVM": "exits of kind Xen (bench exits)",
+    "KVM_CAP_VM_TYPES": "kinds of VMs, one bit each",
 }
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 
 from pykvm import exits
-from pykvm.abi import EAGAIN, EBADF, EFAULT, EINTR, Struct, ffi, flexible, ioctl, ioctl_value, lib, new
+from pykvm.abi import EAGAIN, EBADF, EFAULT, EINTR, Struct, enable_cap, ffi, flexible, ioctl, ioctl_value, lib, new
 from pykvm.cpuid import Cpuid
 from pykvm.errors import ConfigError, KvmError
 from pykvm.lifetime import Closes
@@ -155,6 +155,10 @@ class VCPU(Closes):
         table = flexible("struct kvm_cpuid2", "entries", 256)
         table.nent = 256
         ioctl(self.fd, "KVM_GET_CPUID2", table)
+        last = table.nent - 1  # older kernels (6.1) leave nent as it was: what follows the entries is zero
+        while last and not any(bytes(ffi.buffer(table.entries + last, ffi.sizeof("struct kvm_cpuid_entry2")))):
+            last -= 1
+        table.nent = last + 1
         return Cpuid(table)
 
     def set_cpuid2(self, cpuid: Cpuid) -> None:
@@ -291,6 +295,10 @@ class VCPU(Closes):
         """Have each exit bring the general registers in kvm_run (KVM_CAP_SYNC_REGS), where the host can: records then have RIP."""
         if self._sync_regs & lib.KVM_SYNC_X86_REGS:
             self.native.run.kvm_valid_regs = lib.KVM_SYNC_X86_REGS
+
+    def enable_cap(self, cap: str, *args: int) -> None:
+        """KVM_ENABLE_CAP (api.rst 4.37) with up to four arguments, for the capabilities that a vCPU has."""
+        enable_cap(self.fd, cap, *args)
 
     def kick(self) -> None:
         """From any thread: the current KVM_RUN, or else the next one, ends with ``Intr(kicked=True)``."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 
-from pykvm.abi import Struct, capability, ffi, flexible, ioctl, ioctl_value, lib, new
+from pykvm.abi import Struct, capability, enable_cap, ffi, flexible, ioctl, ioctl_value, lib, new
 from pykvm.errors import CapabilityError, ConfigError, KvmError
 from pykvm.lifetime import Closes
 from pykvm.platform import IDENTITY_MAP_GPA, TSS_ADDR_GPA
@@ -307,11 +307,7 @@ class VM(Closes):
 
     def enable_cap(self, cap: str, *args: int) -> None:
         """KVM_ENABLE_CAP (api.rst 4.37) with up to four arguments."""
-        request = ffi.new("struct kvm_enable_cap *")
-        request.cap = capability(cap)
-        for i, value in enumerate(args):
-            request.args[i] = value
-        ioctl(self.fd, "KVM_ENABLE_CAP", request, cap)
+        enable_cap(self.fd, cap, *args)
 
     # --- lifetime ----------------------------------------------------------------------------------------------------
 

@@ -14,7 +14,7 @@ from errno import EINTR
 
 from pykvm import exits
 from pykvm.abi import ffi, lib
-from pykvm.bench.kinds import BATCH, EMPTY, MAX_SAMPLES, SAMPLE_GPA, SAMPLES, STOP_PORT, TOUCHES, Kind
+from pykvm.bench.kind import BATCH, EMPTY, MAX_SAMPLES, SAMPLE_GPA, SAMPLES, STOP_PORT, TOUCHES, Kind
 from pykvm.bench.paired import Estimate, Interrupted, estimate, measure, median, paired
 from pykvm.bench.setup import Bank, Prepared, why_not
 from pykvm.bench.stats import quantile, quantiles
@@ -241,17 +241,21 @@ class _Measured:
         """VCPU.run(), a typed exit each time."""
         ready, run, area, skip = self.ready, self.ready.vcpu.run, self.ready.run_area, self.ready.skip
         left = self.batch if self.kind.limit else -1
-        window = self.kind.device == "window"
+        window, kick = self.kind.device == "window", ready.vcpu.kick if self.kind.device == "kick" else None
         area.request_interrupt_window = window
         while left:
+            if kick is not None:
+                kick()
+                run()
+                left -= 1
+                continue
             exit = run()
             if isinstance(exit, exits.Intr):
                 continue
             if isinstance(exit, exits.IoOut):
                 break
             if skip:
-                area.s.regs.regs.rip += skip
-                area.kvm_dirty_regs |= lib.KVM_SYNC_X86_REGS
+                ready.go_on()
             left -= 1
         if window:
             area.request_interrupt_window = 0

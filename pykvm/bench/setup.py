@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from errno import EPROTO, errorcode
+from errno import errorcode
+from typing import cast
 
 from pykvm.abi import ffi, lib, new
 from pykvm.assemble import asm
-from pykvm.bench.kinds import (
+from pykvm.bench.kind import (
     BATCH,
     COMMAND,
     COUNT,
@@ -24,25 +25,31 @@ from pykvm.bench.kinds import (
     Program,
     bank,
 )
+from pykvm.bench.kinds import KINDS
+from pykvm.bench.special import PREPARE, Enabling
 from pykvm.bus import Native
 from pykvm.errors import KvmError, PykvmError
 from pykvm.exit_reason import ExitReason, reason_name
+from pykvm.exits import InternalError, Intr, IoOut
 from pykvm.machine import Machine
 from pykvm.platform import IDT_GPA as USER_IDT
 from pykvm.units import PAGE_SIZE
+from pykvm.x86.idt import GATE_SIZE, gate, use_idt
 from pykvm.x86.modes import CODE64, LongMode
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
     from typing import Any
 
-    from pykvm.bench.kinds import Kind
+    from pykvm.bench.kind import Kind
+    from pykvm.exits import Exit
     from pykvm.system import System
 
 __all__ = ["Bank", "Device", "Prepared", "why_not"]
 
 TRIAL_SECONDS = 5.0
+_ALONE = "no {} comes here: KVM handles it alone"
 _GSI = 20
 _STAR, _LSTAR, _SFMASK = 0xC0000081, 0xC0000082, 0xC0000084
 _SYSRET_BASE = 0x20  # + 16: the user's CS, + 8: its SS, both with RPL 3 (SDM vol. 2, SYSRET)
@@ -72,6 +79,9 @@ NEEDS: dict[str, tuple[Callable[[], bool], str]] = {
 }
 
 
+_VM_TYPES = {"SEV-ES guests": 3, "SEV-SNP guests": 4, "TDX guests": 5}  # KVM_X86_SEV_ES_VM ...: bits of KVM_CAP_VM_TYPES
+
+
 def why_not(kind: Kind, system: System) -> str | None:
     """What this host lacks for ``kind``, or None."""
     from pykvm.needs import unmet
@@ -80,6 +90,10 @@ def why_not(kind: Kind, system: System) -> str | None:
         if name == "sync regs":
             if not system.check_extension("KVM_CAP_SYNC_REGS") & lib.KVM_SYNC_X86_REGS:
                 return "KVM_CAP_SYNC_REGS does not bring the registers here"
+        elif name in _VM_TYPES:
+            types = system.check_extension("KVM_CAP_VM_TYPES")
+            if not types >> _VM_TYPES[name] & 1:
+                return f"only {name} make it: KVM_CAP_VM_TYPES is {types:#x} here, without bit {_VM_TYPES[name]}"
         elif name in NEEDS:
             if not NEEDS[name][0]():
                 return NEEDS[name][1]
@@ -87,7 +101,7 @@ def why_not(kind: Kind, system: System) -> str | None:
             reason = unmet({"needs": name}, system)
             if reason is not None:
                 return reason.removeprefix("it needs ").removeprefix(f"{name}: ")
-    return None
+    return kind.absent or None
 
 
 class Device:
@@ -104,10 +118,10 @@ class Device:
 
 
 class Bank:
-    """The guests of all kinds, assembled once for all machines."""
+    """The guests of kinds, by default all, assembled once for all machines."""
 
-    def __init__(self) -> None:
-        self.code, self.programs = bank(asm)
+    def __init__(self, kinds: list[Kind] = KINDS) -> None:
+        self.code, self.programs = bank(kinds, asm)
 
 
 class Prepared:
@@ -120,16 +134,17 @@ class Prepared:
         self.skip = 0
         self.slot: Any = None
         self._eventfds: list[Any] = []
+        self._kept: Any = None  # host memory of a slot of its own
         self.machine = Machine(
             guests.code,
             entry=self.program.entry,
             mode=kind.mode,
             memory="2M",
             loop="python",
-            irqchip="kernel" if kind.irqchip == "kernel" else "none",
+            irqchip=kind.irqchip,
             cpus=kind.cpus,
             pin=kind.cpus > 1,
-            system=system,
+            system=cast("System", Enabling(system, kind.device)),
         )
         try:
             self.vcpu = self.machine.vcpu
@@ -187,6 +202,8 @@ class Prepared:
             self.vcpu.set_msr(_SFMASK, 0)
         elif what in ("step", "int3", "dr0"):
             self._debug(what)
+        elif what in PREPARE:
+            self._kept = PREPARE[what](machine)
 
     def _eventfd(self) -> Any:
         from pykvm.irq import EventFd
@@ -207,27 +224,20 @@ class Prepared:
 
     def _write_idt(self) -> None:
         """Gates to the kind's handlers at IDT_GPA; in user mode, those of its minimal kernel for the rest."""
-        memory, kind = self.machine.memory, self.kind
-        idt = bytearray(256 * 16)
-        if kind.mode == "user":
-            idt[: 32 * 16] = memory.read(USER_IDT, 32 * 16)
+        memory = self.machine.memory
+        if self.kind.mode == "user":
+            memory.write(IDT_GPA, memory.read(USER_IDT, 32 * GATE_SIZE))
         for vector, at in self.program.handlers.items():
             if vector < 256:
-                gate = at & 0xFFFF | CODE64 << 16 | (0xE | 3 << 5 | 1 << 7) << 40 | (at >> 16 & 0xFFFF) << 48
-                idt[16 * vector : 16 * vector + 16] = gate.to_bytes(8, "little") + (at >> 32).to_bytes(8, "little")
-        memory.write(IDT_GPA, bytes(idt))
+                memory.write(IDT_GPA + GATE_SIZE * vector, gate(at, CODE64, dpl=3))
         for vcpu in self.machine.vcpus:
-            sregs = vcpu.get_sregs()
-            sregs.idt.base, sregs.idt.limit = IDT_GPA, len(idt) - 1
-            vcpu.set_sregs(sregs)
+            use_idt(vcpu, IDT_GPA)
 
     def _start_second(self) -> None:
         """The second vCPU starts in long mode with the others' IDT, and needs no INIT and SIPI."""
         second = self.machine.vcpus[1]
         LongMode().apply(second, self.machine.memory, self.program.ap, {"rsp": SAMPLE_GPA - 0x1000})
-        sregs = second.get_sregs()
-        sregs.idt.base, sregs.idt.limit = IDT_GPA, 256 * 16 - 1
-        second.set_sregs(sregs)
+        use_idt(second, IDT_GPA)
         second.set_mp_state(lib.KVM_MP_STATE_RUNNABLE)
 
     # --- whether it works ---------------------------------------------------------------------------------------------
@@ -236,7 +246,7 @@ class Prepared:
         """Run it once, briefly: why it cannot be measured here, or None."""
         kind = self.kind
         if kind.limit or kind.reaches == "bare":
-            return self._trial_in_c()
+            return self._trial_bare()
         self.cool()
         self.command(BATCH, 3)
         try:
@@ -245,18 +255,55 @@ class Prepared:
             return f"its guest crashes: {' '.join(str(error).splitlines()[0].split())}"
         if result.reason == "timeout":
             return f"its guest does not get through here: it was stopped after {TRIAL_SECONDS:g} seconds"
-        return None if result.reason == "exit" and not result.exit_code else f"its guest ends as {result.reason}"
-
-    def _trial_in_c(self) -> str | None:
-        for command in (BATCH, SAMPLES) if self.kind.clocked else (BATCH,):
-            self.command(command, 3)
-            taken = self.c(3)
-            if taken == -EPROTO:
-                came = reason_name(self.run_area.exit_reason)
-                return f"KVM gives {came} here, not {self.kind.reason}, the first time or the next"
-            if taken < 0:
-                return f"KVM_RUN gives {errorcode.get(-taken, -taken)}"
+        if result.reason != "exit" or result.exit_code:
+            return f"its guest ends as {result.reason}"
+        if kind.reason and not self.vcpu.native.counts[ExitReason[kind.reason]]:
+            return _ALONE.format(kind.reason)
         return None
+
+    def _trial_bare(self) -> str | None:
+        """The same for a kind whose exits end a run."""
+        kind, wanted = self.kind, ExitReason[self.kind.reason]
+        self.run_area.request_interrupt_window = kind.device == "window"
+        try:
+            for command in (BATCH, SAMPLES) if kind.clocked else (BATCH,):
+                self.command(command, 3)
+                exits = list(self._exits(3 if kind.limit else 20))
+                came = [exit.reason for exit in exits]
+                if kind.limit and set(came) != {wanted}:
+                    other = next(reason for reason in came if reason != wanted)
+                    return f"KVM gives {reason_name(other)} here, not {kind.reason}, the first time or the next"
+                if wanted not in came:
+                    return _ALONE.format(kind.reason)
+                if kind.suberror and isinstance(exits[-1], InternalError) and exits[-1].suberror != kind.suberror:
+                    return f"KVM gives {kind.reason} with suberror {exits[-1].suberror} here, not {kind.suberror}"
+        except TimeoutError:
+            return f"its guest does not get through here: it was stopped after {TRIAL_SECONDS:g} seconds"
+        except KvmError as error:
+            return f"KVM_RUN gives {errorcode.get(error.errno or 0, error.errno)} here, and no {kind.reason}"
+        finally:
+            self.run_area.request_interrupt_window = 0
+        return None
+
+    def _exits(self, most: int) -> Iterator[Exit]:
+        """Exits until the guest is through with its command, but no more than ``most``. Raises TimeoutError, KvmError."""
+        for _ in range(most):
+            if self.kind.device == "kick":
+                self.vcpu.kick()
+            exit = self.vcpu.run(TRIAL_SECONDS)
+            if isinstance(exit, Intr) and exit.timed_out:
+                raise TimeoutError
+            if isinstance(exit, IoOut) and exit.port == STOP_PORT:
+                break
+            if not isinstance(exit, Intr) or self.kind.device == "kick":
+                yield exit
+            self.go_on()
+
+    def go_on(self) -> None:
+        """Past the instruction of a DEBUG exit, where KVM stays at it."""
+        if self.skip:
+            self.run_area.s.regs.regs.rip += self.skip
+            self.run_area.kvm_dirty_regs |= lib.KVM_SYNC_X86_REGS
 
     def command(self, what: int, count: int) -> None:
         """What the guest does next; a kind with a limit goes on as long as it is let."""
@@ -274,11 +321,13 @@ class Prepared:
     def c(self, count: int) -> int:
         """One command through plain C. TSC units, or -errno."""
         native, kind = self.vcpu.native, self.kind
-        if kind.reaches == "loops" and not kind.device:
+        if kind.device == "kick":
+            return int(lib.pykvm_bench_boundary(native.fd, native.run, count))
+        if kind.reaches == "loops" and not kind.device and not kind.reason:
             return int(lib.pykvm_bench_exits(native.fd, native.run, STOP_PORT))
         if kind.device == "window":
             native.run.request_interrupt_window = 1
-        only = ExitReason[kind.reason] if kind.limit else 0
+        only = ExitReason[kind.reason] if kind.reason else 0
         taken = int(lib.pykvm_bench_traps(native.fd, native.run, STOP_PORT, count if kind.limit else 0, only, self.skip, self.ring))
         if kind.device == "window":
             native.run.request_interrupt_window = 0

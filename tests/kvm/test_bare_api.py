@@ -537,3 +537,13 @@ def test_a_tick_after_the_last_exit_is_not_the_next_runs():
         assert m.vcpu.run(timeout=1) == pykvm.Hlt()
         m.vcpu.kick()  # a kick, though, is for the next run
         assert m.vcpu.run(timeout=1) == pykvm.Intr(kicked=True)
+
+
+def test_cpuid_that_was_read_can_be_given_again(system):
+    """Older kernels leave the count of entries at the room there was."""
+    with system.create_vm() as vm:
+        vcpu = vm.create_vcpu()
+        vcpu.set_cpuid2(system.get_supported_cpuid().as_guest())
+        table = vcpu.get_cpuid2()
+        assert len(table) == len(system.get_supported_cpuid())
+        vcpu.set_cpuid2(table)

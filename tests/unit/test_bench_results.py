@@ -8,9 +8,11 @@ import pytest
 from pykvm.assemble import asm
 from pykvm.bench import plot
 from pykvm.bench.compare import compare, read_results, table
-from pykvm.bench.kinds import CODE_GPA, COMMAND, IDT_GPA, KINDS, bank, chosen
+from pykvm.bench.kind import CODE_GPA, COMMAND, IDT_GPA, bank
+from pykvm.bench.kinds import KINDS, chosen
 from pykvm.cli import bench
 from pykvm.errors import ConfigError
+from pykvm.exit_reason import ExitReason
 
 
 def results(scale=1.0, **changes):
@@ -147,8 +149,16 @@ def test_kinds_have_names_of_their_own():
     assert [kind.name for kind in chosen(["pio OUT", "cpuid"])] == ["PIO out 8", "PIO out 16", "PIO out 32", "PIO out 8, CPL3", "CPUID"]
 
 
+def test_every_exit_reason_of_x86_has_a_kind():
+    others = ("S390", "DCR", "NMI", "OSI", "PAPR", "WATCHDOG", "EPR", "ARM", "RISCV", "LOONGARCH")  # NMI is POWER's
+    plain = {"IO", "MMIO", "HYPERCALL"}  # whose kinds are known by what they do
+    reasons = {kind.reason for kind in KINDS if kind.reason} | plain
+    assert reasons == {reason.name for reason in ExitReason if not reason.name.startswith(others)}
+    assert all(kind.reason for kind in KINDS if kind.reaches == "bare")
+
+
 def test_the_bank_has_all_kinds():
-    code, programs = bank(asm)
+    code, programs = bank(KINDS, asm)
     assert set(programs) == {kind.name for kind in KINDS}
     end = CODE_GPA + len(code)
     assert end <= IDT_GPA < COMMAND
