@@ -27,4 +27,8 @@ int64_t pykvm_bench_cool(uint64_t hva, uint64_t size, uint64_t stride);
 int64_t pykvm_bench_alive(int kvm_fd, uint64_t run_size, const uint8_t *code, uint32_t size, uint64_t memory, uint64_t *handles);
 void pykvm_bench_gone(uint64_t run_size, uint64_t memory, const uint64_t *handles);
 
+int pykvm_bench_traced(void);
+int pykvm_bench_trace(int pid);
+int64_t pykvm_bench_steps(int pid, uint32_t runs, uint64_t *at, uint32_t room);
+
 #endif

@@ -66,7 +66,7 @@ def read_results(path: str) -> dict[str, Any]:
 
 
 def _is_sound(contents: dict[str, Any]) -> bool:
-    """Whether the rows have what is read here and in plot.py."""
+    """Whether the rows have what is read here, in plot.py and in tables.py."""
     rows = contents.get("rows")
     if not isinstance(rows, list) or not isinstance(contents.get("host"), dict):
         return False
@@ -88,6 +88,13 @@ def _is_sound(contents: dict[str, Any]) -> bool:
         if not all(_is_estimate(e) for e in [*guest.values(), *parts.values(), *([row["c"]] if row.get("c") else [])]):
             return False
         if not all(isinstance(g.get("quantiles"), list) and len(g["quantiles"]) > 1 for g in guest.values()):
+            return False
+        over = row.get("over_c")
+        if not isinstance(over, dict) or not all(map(_is_estimate, over.values())):
+            return False
+        if not all(isinstance(g.get("p99"), _NUMBER) for g in guest.values()):
+            return False
+        if not isinstance(row.get("rounds"), int) or not all(isinstance(row.get(name), str) for name in ("reaches", "note")):
             return False
     return True
 

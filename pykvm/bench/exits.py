@@ -13,12 +13,13 @@ from array import array
 from errno import EINTR
 
 from pykvm import exits
-from pykvm.abi import ffi, lib
-from pykvm.bench.kind import BATCH, EMPTY, MAX_SAMPLES, SAMPLE_GPA, SAMPLES, STOP_PORT, TOUCHES, Kind
+from pykvm.abi import lib
+from pykvm.bench.kind import BATCH, EMPTY, MAX_SAMPLES, SAMPLE_GPA, SAMPLES, TOUCHES, Kind
 from pykvm.bench.paired import Estimate, Interrupted, estimate, measure, median, paired
-from pykvm.bench.setup import Bank, Prepared, why_not
+from pykvm.bench.setup import NAIVE, Bank, Prepared, why_not
 from pykvm.bench.stats import quantile, quantiles
 from pykvm.errors import KvmError
+from pykvm.runner import HEARTBEAT
 from pykvm.system import System
 
 TYPE_CHECKING = False
@@ -31,7 +32,7 @@ __all__ = ["Guest", "Row", "bench_exits"]
 BLOCKS = 4  # in which the rounds of a kind are measured
 MOST_SAMPLES = 250  # of one loop in one round
 ATTEMPTS = 5
-NAIVE = "naive cffi, no device"
+LONG_BATCH = 10_000  # C notices a signal only while it is in the guest: in a batch that takes this long a timer sees to it
 BOUNDARY = "boundary"
 
 
@@ -150,7 +151,7 @@ class _Measured:
             run["native"] = self._timed(self._run_loop("native"))
             run["python"] = self._timed(self._run_loop("python"))
             if not kind.device and kind.mode == "protected" and kind.weight == 1:
-                run[NAIVE] = self._timed(self._run_naive)
+                run[NAIVE] = self._timed(self.ready.naive)
         run[BOUNDARY] = _undisturbed(self._boundary)
         if kind.clocked:
             run["guest C"] = self._guest("C", self._run_c)
@@ -206,9 +207,15 @@ class _Measured:
         return values
 
     def _run_c(self) -> None:
-        taken = -EINTR
-        while taken == -EINTR:  # a signal: its handler, here, may raise; else the guest goes on from where it was
-            taken = self.ready.c(self.batch)
+        taken, vcpu, long = -EINTR, self.ready.vcpu, self.batch > LONG_BATCH
+        if long:
+            vcpu.begin(HEARTBEAT, HEARTBEAT)
+        try:
+            while taken == -EINTR:  # a signal: its handler, here, may raise; else the guest goes on from where it was
+                taken = self.ready.c(self.batch)
+        finally:
+            if long:
+                lib.pykvm_end(vcpu.native)
         if taken < 0:
             raise KvmError("KVM_RUN", -taken, f"in the plain C loop, at exit {self.ready.run_area.exit_reason}")
 
@@ -227,15 +234,6 @@ class _Measured:
         stop = self.ready.machine.group.run()
         if stop.reason != "exit":
             raise KvmError("KVM_RUN", 5, f"the guest of {self.kind.name!r} ended as {stop!r}")
-
-    def _run_naive(self) -> None:
-        native = self.ready.vcpu.native
-        ioctl, fd, request, null = lib.pykvm_ioctl, native.fd, lib.KVM_RUN, ffi.NULL
-        kvm_run = native.run
-        while True:
-            ioctl(fd, request, null)
-            if kvm_run.exit_reason == 2 and kvm_run.io.port == STOP_PORT:
-                return
 
     def _run_bare(self) -> None:
         """VCPU.run(), a typed exit each time."""

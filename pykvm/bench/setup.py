@@ -46,9 +46,10 @@ if TYPE_CHECKING:
     from pykvm.exits import Exit
     from pykvm.system import System
 
-__all__ = ["Bank", "Device", "Prepared", "why_not"]
+__all__ = ["NAIVE", "Bank", "Device", "Prepared", "why_not"]
 
 TRIAL_SECONDS = 5.0
+NAIVE = "naive cffi, no device"  # the name of Prepared.naive() among the loops
 _ALONE = "no {} comes here: KVM handles it alone"
 _GSI = 20
 _STAR, _LSTAR, _SFMASK = 0xC0000081, 0xC0000082, 0xC0000084
@@ -332,3 +333,13 @@ class Prepared:
         if kind.device == "window":
             native.run.request_interrupt_window = 0
         return taken
+
+    def naive(self) -> None:
+        """One command through the loop that one would first write with cffi: it looks at reason and port, and asks no device."""
+        native = self.vcpu.native
+        ioctl, fd, request, null = lib.pykvm_ioctl, native.fd, lib.KVM_RUN, ffi.NULL
+        kvm_run = native.run
+        while True:
+            ioctl(fd, request, null)
+            if kvm_run.exit_reason == 2 and kvm_run.io.port == STOP_PORT:
+                return

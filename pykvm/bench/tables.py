@@ -1,17 +1,21 @@
-"""The results of ``pykvm bench exits`` as text."""
+"""The results of ``pykvm bench exits`` as text and as Markdown, and those of ``pykvm bench steps``."""
 
 from __future__ import annotations
 
-from pykvm.bench.exits import NAIVE
+from pykvm.bench.setup import NAIVE
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from typing import Any
+
     from pykvm.bench.exits import Row
     from pykvm.bench.paired import Estimate
+    from pykvm.bench.steps import Steps
 
-__all__ = ["exit_tables"]
+__all__ = ["exit_tables", "markdown", "steps_table"]
 
-_WIDTH = 24
+_WIDTH, _WIDE = 24, 64
+LOOPS = ("native", "python")
 
 
 def _plus_minus(e: Estimate | None, sign: str = "") -> str:
@@ -83,3 +87,55 @@ def _guest_table(rows: list[Row]) -> str:
         for guest in row.guest.values():
             lines.append(f"{row.kind:<{_WIDTH}}{_plus_minus(guest.median):>16}{guest.p99:>12.0f}   {row.of.note}".rstrip())
     return "\n".join(lines)
+
+
+def steps_table(steps: Steps) -> str:
+    """Instructions of user space by part, then by function."""
+    from pykvm.bench.steps import PARTS
+
+    loops = list(steps.by_loop)
+    head = "".join(f"{loop.partition(',')[0]:>12}" for loop in loops)
+    lines = [f"{steps.kind}: instructions of user space from one KVM_RUN to the next", "", f"{'part':<{_WIDTH}}{head}"]
+    for part in PARTS:
+        if any(part in steps.parts[loop] for loop in loops):
+            lines.append(f"{part:<{_WIDTH}}" + "".join(f"{steps.parts[loop].get(part, 0):>12}" for loop in loops))
+    lines += [f"{'all':<{_WIDTH}}" + "".join(f"{steps.totals[loop]:>12}" for loop in loops), "", f"{'function':<{_WIDE}}{head}"]
+    for file, function in steps.places:
+        counts = "".join(f"{steps.by_loop[loop].get((file, function), 0):>12}" for loop in loops)
+        lines.append(f"{f'{function} ({file})':<{_WIDE}}{counts}")
+    return "\n".join(lines)
+
+
+def markdown(results: dict[str, Any]) -> str:
+    """The same as exit_tables(), of a file that compare.read_results() has read."""
+    measured = [row for row in results["rows"] if "unavailable" not in row and row["rounds"]]
+    user, guest = [row for row in measured if row["reaches"] != "guest"], [row for row in measured if row["reaches"] == "guest"]
+    lines = []
+    if user:
+        lines += [
+            "| exit | plain C | C + native | C + Python | hardware and KVM | ioctl boundary | guest's clock: C | native | Python |",
+            "|---|---|---|---|---|---|---|---|---|",
+        ]
+    for row in user:
+        over, parts, inside = row["over_c"], row["decomposition"], row["guest"]
+        bare = "*" if row["reaches"] == "bare" else ""
+        cells = [row["kind"], _cell(row["c"]), _cell(over.get("native"), "+"), _cell(over.get("python"), "+") + bare]
+        cells += [_cell(parts.get(name)) for name in ("hardware and KVM", "ioctl boundary")]
+        cells += [f"{_number(inside[name]['median'])} / {_number(inside[name]['p99'])}" if name in inside else "" for name in ("C", *LOOPS)]
+        lines.append(f"| {' | '.join(cells)} |")
+    if guest:
+        lines += ["", "| by the guest's clock alone | median | p99 | |", "|---|---|---|---|"]
+    for row in guest:
+        for value in row["guest"].values():
+            lines.append(f"| {row['kind']} | {_cell(value)} | {_number(value['p99'])} | {row['note']} |")
+    absent = [f"- {row['kind']}: {row['unavailable']}" for row in results["rows"] if "unavailable" in row]
+    return "\n".join([*lines, *([""] if absent else []), *absent])
+
+
+def _cell(e: dict[str, float] | None, sign: str = "") -> str:
+    return "" if e is None else f"{_number(e['median'], sign)} ±{_number((e['high'] - e['low']) / 2)}"
+
+
+def _number(value: float, sign: str = "") -> str:
+    """Thousands apart, and a real minus."""
+    return f"{value:{sign},.0f}".replace(",", " ").replace("-", "−")

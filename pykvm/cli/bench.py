@@ -19,14 +19,16 @@ if TYPE_CHECKING:
 
 COMMAND = Command(
     "bench",
-    "exits|irq|loop|start|debug|mmu|compare A B|plot A FILE",
+    "exits|steps|irq|loop|start|debug|mmu|compare A B|table A|plot A FILE",
     "exits: what each kind of exit costs, through plain C, the native loop and the Python loop, and by the guest's own clock.\n"
+    "steps: which instructions of user space lie between two KVM_RUNs, by part and by function; single-stepped, through each loop.\n"
     "irq: from the host's KVM_IRQ_LINE to the guest's handler and back, beside the same ioctls in C.\n"
     "loop: what one vCPU does in a second, and how many times as much several do, each on a host CPU of its own.\n"
     "start: from nothing to a guest's first exit and gone again, beside C; many VMs at once, and what memory each takes.\n"
     "debug: what a trace costs an exit, what a single step costs beside a bare C loop of them, and the walk of an address.\n"
     "mmu: page walks, page tables and EPT; pykvm bench mmu --help tells more.\n"
     "compare: judges two files of bench exits --json; status 1 when the second is slower anywhere.\n"
+    "table: a file of bench exits --json as tables in Markdown.\n"
     "plot: draws a file of bench exits --json, from a host without matplotlib for example; FILE ends with .svg, .png or .pdf.\n"
     "Medians with 95 % intervals; differences are taken within a round, so a noisy machine widens intervals, not results.\n"
     "Ctrl-C ends it with status 130, after printing what was measured until then.",
@@ -34,7 +36,7 @@ COMMAND = Command(
         Option("--rounds", "rounds to measure; bench exits 48, others 40", "N", convert=whole),
         Option("--batch", "exits (steps) a round and loop; bench exits 250, bench irq 500, bench debug 1000", "N", convert=whole),
         Option("--cpus", "vCPUs, at most (bench loop); as many as there are CPUs", "N", convert=whole),
-        Option("--kind", "only this kind of exit, or those that begin so; may be repeated (bench exits)", "KIND", many=True),
+        Option("--kind", "only this kind of exit, or those that begin so; may be repeated (bench exits, bench steps)", "KIND", many=True),
         Option("--vms", "VMs at once, at most (bench start)", "N", 1000, whole),
         Option("--least", "the smallest difference that counts, in percent (bench compare)", "PERCENT", 3.0, number),
         Option("--json", "JSON instead of tables"),
@@ -45,10 +47,14 @@ COMMAND = Command(
         "pykvm bench exits --kind PIO --rounds 200",
         "pykvm bench exits --json > a.json; pykvm bench compare a.json b.json",
         "pykvm bench exits --plot exits.svg",
+        "pykvm bench steps --kind 'MMIO read 32'",
         "pykvm host run --cpu intel --get a.json -- sh -c 'pykvm bench exits --json > a.json'; pykvm bench plot a.json intel.svg",
         "pykvm bench loop --cpus 2",
     ],
 )
+
+
+_FILES = {"compare": ("A.json", "B.json"), "table": ("A.json",), "plot": ("A.json", "PICTURE.svg")}
 
 
 def main(argv: list[str]) -> int:
@@ -58,17 +64,20 @@ def main(argv: list[str]) -> int:
 
         return bench_mmu.main(argv[1:])
     (what, *files), o = COMMAND.parse(argv, 1, 3)
-    if what not in ("exits", "irq", "loop", "start", "debug", "compare", "plot"):
-        raise ConfigError(f"no benchmark is called {what!r}: use exits, irq, loop, start, debug or mmu, or compare A B, or plot A FILE")
-    if what == "compare" and len(files) != 2:
-        raise ConfigError("compare takes two files: pykvm bench compare A.json B.json")
-    if what == "plot" and len(files) != 2:
-        raise ConfigError("plot takes two files: pykvm bench plot A.json PICTURE.svg")
-    if what not in ("compare", "plot") and files:
-        raise ConfigError(f"{files[0]!r} is one word too many: pykvm bench {what}")
+    if what not in ("exits", "steps", "irq", "loop", "start", "debug", *_FILES):
+        raise ConfigError(
+            f"no benchmark is called {what!r}: use exits, steps, irq, loop, start, debug, mmu, compare A B, table A or plot A FILE"
+        )
+    wanted = _FILES.get(what, ())
+    if len(files) != len(wanted):
+        if not wanted:
+            raise ConfigError(f"{files[0]!r} is one word too many: pykvm bench {what}")
+        raise ConfigError(f"{what} takes {'one file' if len(wanted) == 1 else 'two files'}: pykvm bench {what} {' '.join(wanted)}")
     match what:
         case "exits":
             return _exits(o["kind"], o["batch"] or 250, o["rounds"] or 48, o["json"], o["plot"])
+        case "steps":
+            return _steps(o["kind"], o["json"])
         case "irq":
             return _irq(o["batch"] or 500, o["rounds"] or 40, o["json"])
         case "loop":
@@ -77,6 +86,8 @@ def main(argv: list[str]) -> int:
             return _debug(o["batch"] or 1000, o["rounds"] or 40, o["json"])
         case "start":
             return _start(o["rounds"] or 40, o["vms"], o["json"])
+        case "table":
+            return _table(files[0])
         case "plot":
             return _plot(*files)
     return _compare(files[0], files[1], o["least"] / 100, o["json"])
@@ -88,6 +99,14 @@ def _plot(results: str, picture: str) -> int:
 
     check(picture)
     draw(read_results(results), picture)
+    return 0
+
+
+def _table(results: str) -> int:
+    from pykvm.bench.compare import read_results
+    from pykvm.bench.tables import markdown
+
+    print(markdown(read_results(results)))
     return 0
 
 
@@ -208,6 +227,19 @@ def _compare(first: str, second: str, least: float, json: bool) -> int:
     else:
         print(table(differences, a, b))
     return int(any(d.verdict == "slower" for d in differences))
+
+
+def _steps(words: list[str], json: bool) -> int:
+    from pykvm.bench.kinds import chosen
+    from pykvm.bench.steps import bench_steps
+    from pykvm.bench.tables import steps_table
+
+    found = [bench_steps(kind) for kind in chosen(words or ["PIO out 8"])]
+    if json:
+        _print_json("steps", kinds=[steps.as_dict() for steps in found])
+    else:
+        print("\n\n".join(map(steps_table, found)))
+    return 0
 
 
 # --- the others -------------------------------------------------------------------------------------------------------

@@ -9,15 +9,17 @@ import time
 
 import pytest
 
-from pykvm.bench.exits import NAIVE, bench_exits
+from pykvm.bench.exits import bench_exits
 from pykvm.bench.host import tsc_counts_instructions
 from pykvm.bench.kind import BARE, Kind
 from pykvm.bench.kinds import KINDS, chosen
 from pykvm.bench.many import bench_many
 from pykvm.bench.paired import Interrupted, measure
 from pykvm.bench.rarekinds import RARE
-from pykvm.bench.setup import Bank, Prepared
+from pykvm.bench.setup import NAIVE, Bank, Prepared
+from pykvm.bench.steps import bench_steps
 from pykvm.cli import bench
+from pykvm.errors import ConfigError
 from pykvm.system import System
 from tests.conftest import TIME_SCALE
 
@@ -137,13 +139,27 @@ def test_a_rep_makes_an_exit_for_each_element_or_fewer():
     assert 8 <= outs.exits_each <= 8.1
 
 
-def test_python_costs_less_than_naive_cffi():
-    """Against the loop one would first write, in the same run: instructions, where the TSC counts those, and so no matter of luck."""
+def test_the_guests_clock_counts_what_loops_add():
+    """Where the TSC counts instructions a median of samples is exact: what an exit costs the guest, the loop's part of it too."""
     if not tsc_counts_instructions():
         pytest.skip("the TSC counts no instructions here: times differ from run to run")
     (row,) = bench_exits(chosen(["PIO out 8"]), batch=400, rounds=3)
-    over = row.over_c
-    assert 0 < over["native"].value < over["python"].value < over[NAIVE].value
+    c, native, python = (row.guest[loop].median.value for loop in ("C", "native", "python"))
+    assert c < native <= c + 40 and native < python <= c + 2200
+
+
+def test_steps_go_up_from_c_to_python():
+    """The regression guard: instructions, not times, so the same on every host and each time; against the least loop with cffi."""
+    try:
+        steps = bench_steps(*chosen(["PIO out 8"]))
+    except ConfigError as error:
+        pytest.skip(f"the kernel or a security policy lets no process trace its child: {error}")
+    totals = steps.totals
+    assert 20 < totals["C"] < totals["native"] <= totals["C"] + 40 < totals["python"] < totals[NAIVE]
+    assert all(sum(parts.values()) == totals[loop] for loop, parts in steps.parts.items())
+    assert {"GIL", "bytecode"} & set(steps.parts["python"]) and not {"GIL", "bytecode"} & set(steps.parts["native"])
+    with pytest.raises(ConfigError, match="not answered by all loops"):
+        bench_steps(*chosen(["HLT"]))
 
 
 def affinity():

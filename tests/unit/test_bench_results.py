@@ -20,6 +20,7 @@ def results(scale=1.0, **changes):
     estimate = {"median": 1010.0 * scale, "low": 1000.0 * scale, "high": 1019.0 * scale}
     row = {
         "kind": "PIO out 8", "tsc_khz": 2_600_000, "values": values, "c": estimate, "decomposition": {"hardware and KVM": estimate},
+        "over_c": {"native": estimate}, "rounds": 20, "reaches": "loops", "note": "",
         "guest": {"C": {**estimate, "p99": 2000.0, "quantiles": [900.0, 950.0, 2000.0]}},
     }  # fmt: skip
     absent = {"kind": "HLT", "tsc_khz": 2_600_000, "unavailable": "no such thing"}
@@ -50,6 +51,8 @@ def test_what_is_sound_is_read(tmp_path):
         (results(rows=3), "not of that form"),
         (results(rows=[{}]), "not of that form"),
         (results(rows=[{"kind": "a", "tsc_khz": 0}]), "not of that form"),
+        (results(rows=[{**results()["rows"][0], "over_c": {"native": 3}}]), "not of that form"),
+        (results(rows=[{**results()["rows"][0], "note": None}]), "not of that form"),
         (results(rows=[{"kind": "a", "tsc_khz": 1, "values": {"C": []}, "guest": {}, "decomposition": {}}]), "not of that form"),
         (results(rows=[{"kind": "a", "tsc_khz": 1, "values": {"C": ["x"]}, "guest": {}, "decomposition": {}}]), "not of that form"),
         (results(rows=[{"kind": "a", "tsc_khz": 1, "values": {"C": [1]}, "guest": {"C": 1}, "decomposition": {}}]), "not of that form"),
@@ -142,6 +145,13 @@ def test_a_file_is_drawn(tmp_path):
     (tmp_path / "a.json").write_text(json.dumps(results()))
     assert bench.main(["plot", str(tmp_path / "a.json"), str(tmp_path / "a.svg")]) == 0
     assert "<svg" in (tmp_path / "a.svg").read_text()
+
+
+def test_a_file_becomes_tables(tmp_path, capsys):
+    assert bench.main(["table", written(tmp_path, results(scale=-1.5))]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[2] == "| PIO out 8 | −1 515 ±−14 | −1 515 ±−14 |  | −1 515 ±−14 |  | −1 515 / 2 000 |  |  |"
+    assert lines[-1] == "- HLT: no such thing"
 
 
 def test_kinds_have_names_of_their_own():
