@@ -92,10 +92,11 @@ def _report(tracer: Tracer, result: Result, status: int, o: dict[str, Any]) -> N
     """How it ended, in one line or, for a crash, in full."""
     shown = "" if tracer.shown == tracer.seen else f", {tracer.shown} shown"
     code = "" if result.exit_code is None else f" {result.exit_code}" if result.reason == "exit" else ""
-    unit = "instructions" if o["step"] else "exits"
-    end = {"until": f"stopped at {o['until']}" if o["until"] else f"stopped after {tracer.shown} lines", "crash": "crashed"}.get(
-        result.reason, result.reason
-    )
+    unit = ("instruction" if o["step"] else "exit") + "s" * (tracer.seen != 1)
+    end = {
+        "until": f"stopped at {o['until']}" if o["until"] else f"stopped after {tracer.shown} line{'s' * (tracer.shown != 1)}",
+        "crash": "crashed",
+    }.get(result.reason, result.reason)
     say(f"pykvm: {tracer.seen} {unit}{shown}; {end}{code}")
     if o["html"]:
         say(f"pykvm: {o['html']} shows it")

@@ -28,7 +28,7 @@ def page(d: dict[str, Any]) -> str:
 
     kinds = [kind for kind, _ in d["kinds"]]
     colours = {kind: _COLOURS[min(i, len(_COLOURS) - 1)] for i, kind in enumerate(kinds)}
-    embedded = {name: d[name] for name in ("events", "registers", "first", "left_out", "steps")} | {"colours": colours}
+    embedded = {name: d[name] for name in ("events", "registers", "first", "left_out", "steps", "cpus")} | {"colours": colours}
     embedded |= {"span": _span(d["density"]), "left": _LEFT, "width": _WIDTH}
     script_data = (
         json.dumps(embedded, separators=(",", ":")).replace("<", "\\u003c").replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")
@@ -56,7 +56,7 @@ def page(d: dict[str, Any]) -> str:
 
 
 def _header(d: dict[str, Any], colours: dict[str, str]) -> str:
-    unit = "instructions" if d["steps"] else "exits"
+    unit = ("instruction" if d["steps"] else "exit") + "s" * (d["count"] != 1)
     cpus = f"{d['cpus']} vCPUs" if d["cpus"] > 1 else "1 vCPU"
     chips = [f"<b>{d['count']:,}</b> {unit}", escape(f"{d['mode']} mode"), cpus]
     if not d["steps"]:
@@ -114,7 +114,7 @@ def _timeline(d: dict[str, Any], colours: dict[str, str]) -> str:
     hint = (
         "instructions, from the first to the last"
         if d["steps"]
-        else "time in the guest and in handlers; what the trace itself took is left out"
+        else "time in the guest and in handlers" + ("" if d["cpus"] > 1 else "; what the trace itself took is left out")
     )
     return f"<section><h2>Timeline <small>{hint}</small></h2>{''.join(out)}</section>"
 
@@ -126,11 +126,13 @@ def _events(d: dict[str, Any]) -> str:
         else ""
     )
     name = "Instructions" if d["steps"] else "Exits"
-    hint = "" if d["steps"] else "Click one for its registers; the arrow keys move on."
+    hint = "Click one for its registers; the arrow keys move on."
+    columns = "<th>vCPU</th>" * (d["cpus"] > 1) + '<th class="r">time</th>' * (not d["steps"])
     return (
         f'<section><h2>{name} <small>{hint}{left}</small></h2><div class="events"><div class="list">'
         '<input id="filter" type="search" placeholder="filter: puts, 0x3f8, mmio ..." aria-label="filter">'
-        '<div class="scroll" tabindex="0"><table id="events"><thead><tr><th class="r">#</th><th class="r">time</th><th>instruction at</th>'
+        '<div class="scroll" tabindex="0"><table id="events"><thead><tr><th class="r">#</th>'
+        f"{columns}<th>instruction at</th>"
         "<th>instruction</th><th>what</th></tr></thead><tbody></tbody></table></div></div>"
         '<aside id="registers"><h3>Registers</h3><p class="none">Choose an event.</p></aside></div></section>'
     )

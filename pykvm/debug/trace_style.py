@@ -78,7 +78,8 @@ function el(tag,text,cls){const e=document.createElement(tag);if(text!==undefine
 function time(ns){if(ns===null)return"";if(ns>=1e9)return(ns/1e9).toFixed(3)+" s";if(ns>=1e6)return(ns/1e6).toFixed(3)+" ms";
 return(ns/1e3).toFixed(1)+" \\u00b5s"}
 function make(e,i){
-  const tr=el("tr");tr.append(el("td",e.n,"r dim"),el("td",time(e.t),"r"));
+  const tr=el("tr");tr.append(el("td",e.n,"r dim"));if(D.cpus>1)tr.append(el("td","cpu"+e.cpu,"dim"));
+  if(!D.steps)tr.append(el("td",time(e.t),"r"));
   const at=el("td",e.at+" ");if(e.s)at.append(el("span",e.s,"sym"));if(e.l)at.append(el("span"," "+e.l,"dim"));
   const what=el("td"),dot=el("i");dot.style.background=D.colours[e.k]||"#888";what.append(dot,e.w);
   tr.append(at,el("td",e.i),what);tr.onclick=()=>choose(i);return tr}
@@ -87,9 +88,9 @@ function list(){
   body.textContent="";rows=[];
   D.events.forEach((e,i)=>{
     if(i===D.first&&D.left_out&&!want.length){
-      const tr=el("tr","","cut"),td=el("td","\\u2026 "+D.left_out.toLocaleString("en")+" were left out \\u2026");td.colSpan=5;
+      const tr=el("tr","","cut"),td=el("td","\\u2026 "+D.left_out.toLocaleString("en")+" were left out \\u2026");td.colSpan=6;
 tr.append(td);body.append(tr)}
-    const text=[e.n,e.at,e.s,e.l,e.i,e.w,e.k].join(" ").toLowerCase();
+    const text=[e.n,D.cpus>1?"cpu"+e.cpu:"",e.at,e.s,e.l,e.i,e.w,e.k].join(" ").toLowerCase();
     if(want.every(w=>text.includes(w))){const tr=make(e,i);rows.push([i,tr]);body.append(tr)}});
   mark()}
 function mark(){for(const[i,tr]of rows)tr.classList.toggle("on",i===chosen)}
@@ -98,7 +99,7 @@ function choose(i){
   if(cursor&&D.span){const x=D.left+(D.width-D.left-10)*(e.t===null?e.n*1000:e.t)/D.span;cursor.setAttribute("x1",x);
 cursor.setAttribute("x2",x)}
   const row=rows.find(r=>r[0]===i);if(row)row[1].scrollIntoView({block:"nearest"});
-  side.textContent="";side.append(el("h3",(D.steps?"Instruction ":"Exit ")+e.n+(e.cpu?" on vCPU "+e.cpu:"")));
+  side.textContent="";side.append(el("h3",(D.steps?"Instruction ":"Exit ")+e.n+(D.cpus>1?" on vCPU "+e.cpu:"")));
   side.append(el("p",e.w||e.i));
   if(e.kvm)side.append(el("p","in the guest and KVM: "+time(e.kvm),"dim"));
   if(!e.regs){side.append(el("p","Its registers were not kept.","none"));return}
