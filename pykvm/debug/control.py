@@ -96,8 +96,8 @@ class Control:
     def add_watchpoint(self, gva: int, size: int, access: Access = "write") -> Watchpoint:
         """Stop after an instruction that has written ``size`` bytes at ``gva`` (1, 2, 4 or 8, aligned), or read or written them.
 
-        By a debug register, or where this host's do not fire by steps: every instruction then costs a microsecond or a hundred, and only
-        writes of another value are seen.
+        By a debug register, or where this host's do not fire by steps: every instruction then costs some ten microseconds, and only
+        writes of another value are seen. To see reads each instruction is decoded, which costs hundreds (operands.py).
         """
         self._check_idle()
         if access not in _DR7_ACCESS:
@@ -106,8 +106,6 @@ class Control:
             raise ConfigError(f"a watchpoint of {size} bytes: give 1 to 4096")
         watchpoint = Watchpoint(gva, size, access)
         if not self._watched_by_register(watchpoint):
-            if access != "write":
-                raise ConfigError(f"no {access} watchpoint of {size} bytes at {gva:#x}: this host's debug registers do not do it")
             self.read(gva, size)
         else:
             self._check_registers(1)
@@ -324,27 +322,45 @@ class Control:
         for watchpoint in self.watchpoints:
             watchpoint.last = self._look_at(watchpoint)
         until = Until(self.breakpoints, watched=self.watchpoints)
+        for_reads = [watchpoint for watchpoint in self.watchpoints if watchpoint.access != "write"]
         while True:
             started = self._started()
-            turn = _ALONE if len(started) == 1 else _TURN
+            turn = 1 if for_reads else _ALONE if len(started) == 1 else _TURN
             for cpu in started:
                 if self.machine.cpus > 1 and self._stepper.vcpu(cpu).get_mp_state() == lib.KVM_MP_STATE_HALTED:
                     stopped = self._stepper.step(cpu, monotonic() + 1e-3)
                     if stopped.reason in ("timeout", "halted") and not self._all_idle():
                         continue
                 else:
+                    touched = self._touched(cpu, for_reads) if for_reads else None
                     _, stopped = self._many.run(cpu, turn, deadline, until)
+                    if touched is not None and stopped.reason == "step":
+                        return self._watched(touched, self._look_at(touched), cpu)
                 if stopped.reason != "step":
                     return stopped
                 for watchpoint in self.watchpoints:
                     now = self._look_at(watchpoint)
-                    if now != watchpoint.last:
+                    if now != watchpoint.last and watchpoint.access != "read":
                         return self._watched(watchpoint, now, cpu)
                 if stopped.rip in self.breakpoints:
                     stopped.reason = "breakpoint"
                     return stopped
             if deadline is not None and monotonic() >= deadline:
                 return self._stopped("timeout", 0, Stop("timeout"))
+
+    def _touched(self, cpu: int, watchpoints: list[Watchpoint]) -> Watchpoint | None:
+        """The watchpoint that the next instruction reads, or (those for both) writes."""
+        from pykvm.debug.operands import read, written
+        from pykvm.disasm import disassemble
+
+        view = self.view(cpu)
+        insn = next(iter(disassemble(view.read(view.rip, 15), view.rip, view.bits, 1)), None)
+        reads = read(view, insn)
+        for watchpoint in watchpoints:
+            places = reads if watchpoint.access == "read" else reads + written(view, insn)
+            if any(gva < watchpoint.gva + watchpoint.size and watchpoint.gva < gva + size for gva, size in places):
+                return watchpoint
+        return None
 
     def _all_idle(self) -> bool:
         return all(

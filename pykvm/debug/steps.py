@@ -9,6 +9,7 @@ from __future__ import annotations
 from time import monotonic
 
 from pykvm.abi import ffi
+from pykvm.debug.operands import SHOWN, written
 from pykvm.debug.reach import end_of, run_to
 from pykvm.debug.trace import Event
 from pykvm.debug.trace_text import Formatter, printable
@@ -25,13 +26,12 @@ if TYPE_CHECKING:
     from pykvm.runner import Runner
     from pykvm.x86.view import CpuView
 
-__all__ = ["Step", "run_steps", "writes"]
+__all__ = ["Step", "run_steps"]
 
 _GENERAL = ("rax", "rbx", "rcx", "rdx", "rsi", "rdi", "rbp", "rsp", *(f"r{n}" for n in range(8, 16)))
 _CONTROL = ("cr0", "cr2", "cr3", "cr4", "cr8", "efer")
 _SEGMENTS = ("cs", "ss", "ds", "es", "fs", "gs", "tr", "ldt")
 _FLAGS = ((1, "CF"), (4, "PF"), (16, "AF"), (64, "ZF"), (128, "SF"), (512, "IF"), (1024, "DF"), (2048, "OF"))
-_SHOWN = 64  # bytes of one write that are shown
 
 
 class Step:
@@ -86,7 +86,7 @@ def _register_text(name: str, before: int, after: int) -> str:
 def _memory_text(before: bytes, after: bytes) -> str:
     if len(after) in (1, 2, 4, 8):
         return f"{int.from_bytes(before, 'little'):#x} => {int.from_bytes(after, 'little'):#x}"
-    return f"{before[:_SHOWN].hex(' ')} => {after[:_SHOWN].hex(' ')}"
+    return f"{before[:SHOWN].hex(' ')} => {after[:SHOWN].hex(' ')}"
 
 
 def run_steps(tracer: Tracer, timeout: float | None) -> Result:
@@ -142,7 +142,7 @@ def _one(tracer: Tracer, control: Control, cpu: int, before: CpuView, ring: _Rin
     place = tracer.locator.at(before, before.rip)
     tracer.seen += 1
     step = Step(tracer.seen, cpu, place, tracer.machine.cpus > 1)
-    targets = [(gva, before.read(gva, size), size) for gva, size in writes(before, place)]
+    targets = [(gva, before.read(gva, size), size) for gva, size in written(before, place.insn)]
     stopped = control.step(cpu, left)
     step.memory = [(gva, was, b"") for gva, was, _ in targets]
     return stopped, step, ring.take()
@@ -173,59 +173,6 @@ def _finish(step: Step, before: CpuView, after: CpuView, formatter: Formatter, e
         formatter.names.see(event)
         known = event.is_write or event.is_pio or not event.size
         step.exit = formatter.what(event) if known else f"{formatter.names.describe(event)} -> (read)"
-
-
-def writes(view: CpuView, place: Place) -> list[tuple[int, int]]:
-    """(linear address, size) of what the instruction writes to memory, as far as its operands tell. Of a REP, the first element."""
-    import capstone
-    from capstone import x86
-
-    if place.insn is None:
-        return []
-    mode = {16: capstone.CS_MODE_16, 32: capstone.CS_MODE_32, 64: capstone.CS_MODE_64}[view.bits]
-    engine = capstone.Cs(capstone.CS_ARCH_X86, mode)
-    engine.detail = True
-    found = next(engine.disasm(place.insn.bytes, place.insn.address, 1), None)
-    if found is None:
-        return []
-    result = []
-    mask = (1 << view.bits) - 1
-    for operand in found.operands:
-        if operand.type == x86.X86_OP_MEM and operand.access & capstone.CS_AC_WRITE:
-            m = operand.mem
-            address = m.disp + sum(_value(view, found.reg_name(r), found) * scale for r, scale in ((m.base, 1), (m.index, m.scale)) if r)
-            segment = (
-                found.reg_name(m.segment)
-                if m.segment
-                else (
-                    "es"
-                    if found.mnemonic.rpartition(" ")[2].startswith(("stos", "movs", "ins"))
-                    else "ss"
-                    if m.base and found.reg_name(m.base) in ("ebp", "esp", "bp")
-                    else "ds"
-                )
-            )
-            base = int(getattr(view.sregs, segment).base) if view.bits != 64 or segment in ("fs", "gs") else 0
-            result.append((base + (address & mask) & (1 << 64 if view.bits == 64 else 1 << 32) - 1, min(operand.size, _SHOWN)))
-    if found.mnemonic.startswith(("push", "call", "lcall")):
-        size = {16: 2, 32: 4, 64: 8}[view.bits]
-        base = 0 if view.bits == 64 else int(view.sregs.ss.base)
-        result.append((base + (int(view.regs.rsp) - size & mask), size))
-    return result
-
-
-def _value(view: CpuView, name: str, insn: Any) -> int:
-    """A register as an address is made of it."""
-    if name in ("rip", "eip"):
-        return int(insn.address + insn.size)
-    wide = {"e": "r"}.get(name[0], name[0]) + name[1:] if name.startswith("e") else name
-    if wide in _GENERAL:
-        return int(getattr(view.regs, wide)) & (0xFFFFFFFF if name.startswith("e") else (1 << 64) - 1)
-    if f"r{name}" in _GENERAL:  # bx, si ...
-        return int(getattr(view.regs, f"r{name}")) & 0xFFFF
-    if name[0] == "r" and name[-1] == "d":
-        return int(getattr(view.regs, name[:-1])) & 0xFFFFFFFF
-    return 0
 
 
 class _Ring:

@@ -196,6 +196,38 @@ def test_breakpoint(mode, hardware):
         assert not machine.bus.unclaimed
 
 
+@pytest.mark.parametrize("access", ["read", "access"])
+def test_watchpoints_for_reads(access):
+    """After the instruction that has read there, or written, whichever way this host sees it; what only computes an address is none."""
+    source = """
+        mov edi, 0x180000
+        lea rax, [rdi]
+        mov dword ptr [rdi + 64], 1
+        mov ebx, [rdi]
+    one:
+        push rbx
+        cmp dword ptr [rdi - 4], 5
+        add qword ptr [rdi - 4], 0
+    two:
+        mov rsp, rdi
+        pop rax
+    three:
+        mov al, 0
+        out 0xf4, al
+    """
+    machine, control, start = snippet(source, "long")
+    with machine:
+        code = machine.memory.read(start, 64)
+        places = [start + code.index(after) for after in (b"\x53", b"\x48\x89\xfc", b"\xb0\x00")]
+        control.add_watchpoint(0x180000, 4, access)
+        seen = []
+        while (stopped := control.cont(TIMEOUT)).reason == "watchpoint":
+            seen.append(stopped.rip)
+            assert stopped.watchpoint.access == access
+        assert (stopped.reason, stopped.code) == ("exit", 0)
+        assert seen == places
+
+
 def test_breakpoints_on_neighbours_and_on_out():
     machine, control, start = snippet("mov al, 'x'; mov dx, 0x3f8; out dx, al; nop; out 0xf4, al", "long")
     with machine:
