@@ -28,11 +28,13 @@ if TYPE_CHECKING:
     from pykvm.errors import GuestMemoryError as GuestMemoryError
     from pykvm.errors import GuestNeedsError as GuestNeedsError
     from pykvm.errors import HostError as HostError
+    from pykvm.errors import IncompatibleStateError as IncompatibleStateError
     from pykvm.errors import KvmError as KvmError
     from pykvm.errors import KvmUnavailableError as KvmUnavailableError
     from pykvm.errors import MemSlotError as MemSlotError
     from pykvm.errors import MigrationError as MigrationError
     from pykvm.errors import PykvmError as PykvmError
+    from pykvm.errors import StateError as StateError
     from pykvm.exit_reason import ExitReason as ExitReason
     from pykvm.exits import ApResetHold as ApResetHold
     from pykvm.exits import BusLock as BusLock
@@ -89,8 +91,7 @@ _HOME = {
     "pykvm.assemble": "asm",
     "pykvm.bus": "Bus Native",
     "pykvm.errors": "AsmError CapabilityError ConfigError DeviceOverlapError GuestCrash GuestImageError GuestMemoryError GuestNeedsError "
-    "HostError "
-    "KvmError KvmUnavailableError MemSlotError MigrationError PykvmError",
+    "HostError IncompatibleStateError KvmError KvmUnavailableError MemSlotError MigrationError PykvmError StateError",
     "pykvm.exit_reason": "ExitReason",
     "pykvm.exits": "ApResetHold BusLock Debug DirtyRingFull Eagain ExceptionExit Exit FailEntry Hlt Hypercall Hyperv InternalError "
     "Intr IoIn IoOut IoapicEoi IrqWindowOpen MemoryFault MmioRead MmioWrite Nmi Notify RdMsr SetTpr Shutdown SnpReqCerts "

@@ -53,6 +53,7 @@ class Config:
     ) -> None:
         note = info.note
         self.data, self.info = data, info
+        self._sha256: str | None = None
         self.backing, self.entry, self.append = backing, entry, append
         self.strict, self.assist = strict, assist
         asked = {"memory": memory, "entry": entry, "cpus": cpus, "irqchip": irqchip, "cpu": cpu, "platform": platform}
@@ -79,6 +80,24 @@ class Config:
         if mode != "auto":
             config.chosen.discard("entry")
         return config
+
+    @property
+    def sha256(self) -> str:
+        """Of the image's bytes, in hex."""
+        if self._sha256 is None:
+            self._sha256 = self.hash(self.data)
+        return self._sha256
+
+    @sha256.setter
+    def sha256(self, value: str) -> None:
+        self._sha256 = value
+
+    @staticmethod
+    def hash(data: bytes) -> str:
+        """An image's hash, by which it is known again."""
+        import hashlib
+
+        return hashlib.sha256(data).hexdigest()
 
     def blames(self, *names: str) -> BlamesImage:
         """A ConfigError inside becomes a GuestImageError where it was the image that chose all of ``names``."""

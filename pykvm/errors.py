@@ -9,6 +9,8 @@ import os
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from typing import Any
+
     from pykvm.result import Result
 
 __all__ = [
@@ -20,11 +22,13 @@ __all__ = [
     "GuestImageError",
     "GuestMemoryError",
     "HostError",
+    "IncompatibleStateError",
     "KvmError",
     "KvmUnavailableError",
     "MemSlotError",
     "MigrationError",
     "PykvmError",
+    "StateError",
 ]
 
 
@@ -103,6 +107,27 @@ class GuestImageError(PykvmError):
         self.path = path
         self.offset = offset
         self.why = why
+
+
+class StateError(PykvmError):
+    """A saved state cannot be made, or is none: truncated, damaged, of a later version, or not what it says. ``where`` names the file
+    or the field."""
+
+    exit_status = 65
+
+    def __init__(self, where: str, why: str) -> None:
+        super().__init__(f"{where}: {why}")
+        self.where, self.why = where, why
+
+
+class IncompatibleStateError(StateError):
+    """A saved state uses what this host has not; ``problems`` are the state.compat.Problem that stand in its way."""
+
+    exit_status = 69
+
+    def __init__(self, problems: list[Any], advice: str) -> None:
+        super().__init__("this host cannot run it", "; ".join(str(problem) for problem in problems) + advice)
+        self.problems = problems
 
 
 class AsmError(PykvmError):

@@ -44,6 +44,8 @@ if TYPE_CHECKING:
     from pykvm.records import RecordRing, StatRow, Stats
     from pykvm.services import Services
     from pykvm.start import Origin
+    from pykvm.state.machinestate import MachineState
+    from pykvm.state.restore import StateOrigin
     from pykvm.symbols import Symbols
     from pykvm.vcpu import VCPU
     from pykvm.x86.assist import Assist
@@ -156,7 +158,9 @@ class Machine(Closes):
         self._closed = False
         self._stats: Stats | None = None
         self._ledger: Ledger | None = None
-        self._services: Services | None = None
+        self.services: Services | None = None
+        self.restored: StateOrigin | None = None
+        self.waiting_devices: dict[tuple[str, int], dict[str, Any] | None] = {}
         self._assist: Assist | None = None
         self._lines: dict[int, IrqLine] = {}  # by GSI: who asks for one twice gets the same
         self._clock: int | None = None  # where kvmclock stands while it does
@@ -268,11 +272,11 @@ class Machine(Closes):
         from pykvm.devices.hypercall import LENGTH, HypercallPort
         from pykvm.services import Services
 
-        self._services = Services(self)
-        port = HypercallPort(self._services.call)
+        self.services = Services(self)
+        port = HypercallPort(self.services.call)
         self.bus.pio.add(HYPERCALL_PORT, LENGTH, port)
         self.bus.mmio.add(HYPERCALL_GPA, LENGTH, port)
-        self.on_hypercall(self._services.vmcall)
+        self.on_hypercall(self.services.vmcall)
 
     def _add_platform(self, poll_input: Callable[[], bytes] | None) -> None:
         irq = self.irq if self.vm.irqchip != "none" else None
@@ -314,6 +318,7 @@ class Machine(Closes):
         ``eventfd``: a write of ``length`` bytes at its base (of the value ``datamatch``, when given) signals it and does not exit; what
         else the guest does there reaches the device. ``coalesced``: writes wait in the kernel until the guest exits for another reason, and
         reach the device before that exit is handled, in the guest's order.
+        In a restored machine, a device whose like was there when it was saved gets that one's state, with ``load(state)``.
         Raises DeviceOverlapError, CapabilityError, and ConfigError when it lies inside RAM, where it would never be asked.
         """
         if (port is None) == (gpa is None):
@@ -332,6 +337,9 @@ class Machine(Closes):
                 claimed.undo.append(lambda: self.vm.coalesce(space.name, at, length, remove=True))
                 for vcpu in self.vcpus:
                     vcpu.want_coalesced()
+            state = self.waiting_devices.pop((space.name, at), None) if self.waiting_devices else None
+            if state is not None and hasattr(device, "load"):
+                device.load(state)
         except BaseException:
             self.remove_device(claimed)
             raise
@@ -492,6 +500,46 @@ class Machine(Closes):
             elif not goes and self._clock is None:
                 self._clock = int(self.vm.get_clock().clock)
 
+    @property
+    def clock(self) -> int | None:
+        """Where kvmclock stands, in nanoseconds, while it does: with an irqchip, whenever no run is in progress; else None."""
+        return self._clock
+
+    @clock.setter
+    def clock(self, nanoseconds: int) -> None:
+        if self.vm.irqchip == "none":
+            self.vm.set_clock(nanoseconds)
+        else:
+            self._clock = nanoseconds
+
+    # --- state -------------------------------------------------------------------------------------------------------
+
+    def save(self) -> MachineState:
+        """All of the machine but its memory's bytes, as plain data (state/save.py). It must stand still, or be paused; it may go on."""
+        from pykvm.state.save import save
+
+        return save(self)
+
+    @classmethod
+    def restore(cls, state: MachineState, memory: GuestMemory, *, adapt: bool = False, accept_tsc: bool = False, **options: Any) -> Machine:
+        """A machine that goes on where a saved one stood (state/restore.py).
+
+        ``memory``: its slots, with the guest's bytes; it belongs to the machine from now on. ``options``: pin, loop, stats, ledger,
+        on_output, poll_input and system, as for a new one. ``adapt`` drops what this host lacks and the guest has not in use;
+        ``accept_tsc``: another TSC frequency is all right (state/compat.py). Raises StateError and IncompatibleStateError.
+        """
+        from pykvm.state.restore import StateOrigin, config_of
+
+        machine = cls.__new__(cls)
+        try:
+            config, origin = config_of(state), StateOrigin(state, memory, adapt, accept_tsc)
+            machine._make(config, origin, **options)
+        except BaseException:
+            memory.close()
+            raise
+        machine.restored = origin
+        return machine
+
     def exit_counts(self) -> dict[int, int]:
         """Exits of all vCPUs, by number of their reason."""
         counts: dict[int, int] = {}
@@ -575,8 +623,8 @@ class Machine(Closes):
         if hasattr(self, "vm"):
             self.vm.close()
         self._closed = True
-        if self._services is not None:
-            self._services.close()
+        if self.services is not None:
+            self.services.close()
         if self._assist is not None:
             self._assist.close()
         self.memory.close()

@@ -104,6 +104,7 @@ class Runner:
         self.on_heartbeat: Callable[[], None] | None = None
         self._deadline: float | None = None
         self._stop: Stop | None = None
+        self._settling = False  # the run ends at the first EINTR
         self._handlers: list[tuple[Any, int, int]] = [  # slot -> (method, offset, size)
             *[(None, 0, 0)] * lib.PYKVM_BAD_REPLY, (_bad_reply, 0, 0), (_no_session, 0, 0)
         ]  # fmt: skip
@@ -136,7 +137,10 @@ class Runner:
                 self.vcpu.begin(max(interval, 1e-6), max(interval, SHORTEST))
             native.native = self.loop == "native"
             self._read_messages()
-            self._pause()
+            if self.gate is not None and self.gate.closed and native.last & 0xF == _ERROR:
+                self.vcpu.kick()  # KVM completes the last access, comes back at once, and the vCPU waits then
+            else:
+                self._pause()
             # After an exception the last exit still waits for its answer; a fresh start answers nothing.
             got = run() if native.last & 0xF == _ERROR else 0
             while True:
@@ -190,6 +194,42 @@ class Runner:
     def take_back_stop(self) -> None:
         """Forget a stop() that came too late for the run it was meant for."""
         self._stop = None
+
+    def settle(self) -> None:
+        """Have KVM complete the access that the vCPU has stopped at, without running the guest on: its registers are whole then.
+
+        KVM does so at the next KVM_RUN, also when that comes back at once (api.rst 5, KVM_RUN and immediate_exit). An instruction with
+        several accesses makes the others now, and the devices hear of them. While the machine is paused, that is done.
+        """
+        native = self.vcpu.native
+        if native.tid:
+            self._check_waits()
+            self._read_messages()
+            return
+        asked, self._stop = self._stop, None  # a stop() that waits for the next run waits on
+        self._settling = True
+        try:
+            while self._settling:  # a device may stop the run before
+                self.vcpu.kick()  # from here on KVM_RUN enters no guest, until it has said EINTR
+                self.run()
+        finally:
+            self._settling, self._stop = False, asked
+
+    def _check_waits(self) -> None:
+        if self.gate is None or not self.gate.closed:
+            raise ConfigError(f"vCPU {self.vcpu.id} is running: pause() the machine first, or stop() it")
+        if self.vcpu.native.last & 0xF != _ERROR:
+            raise ConfigError(f"vCPU {self.vcpu.id} waits at an access whose device has raised: resume() the machine first")
+
+    @property
+    def vectors(self) -> list[int]:
+        """Those of interrupt() that still wait."""
+        return self._vectors
+
+    @vectors.setter
+    def vectors(self, vectors: list[int]) -> None:
+        self._vectors[:] = vectors
+        self.vcpu.native.run.request_interrupt_window = bool(vectors)
 
     def serve(self) -> Stop | None:
         """Carry out the exit that ``vcpu.run()`` came back with, for who runs the vCPU without this loop; the Stop that it ends, if any."""
@@ -344,6 +384,8 @@ class Runner:
             if self.on_heartbeat is not None:
                 self.on_heartbeat()
             self._pause()
+            if self._settling and self._stop is None:
+                self._settling, self._stop = False, Stop("settled")
             if self._stop is None and self._deadline is not None and monotonic() >= self._deadline:
                 self._stop = Stop("timeout")
             if self._stop is None and exit.timed_out and self.is_idle is not None and self.is_idle():

@@ -7,17 +7,21 @@ that asks for nonsense gets -EINVAL, one that asks for a number that is none -KV
 
 from __future__ import annotations
 
-from pykvm.errors import PykvmError
+from pykvm.devices.saved import Saved
+from pykvm.errors import PykvmError, StateError
 from pykvm.irq import EventFd
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from typing import Any
+
     from pykvm.machine import Machine
 
 __all__ = ["SERVICES", "Services"]
 
 EINVAL, KVM_ENOSYS = 22, 1000
 KVM_HC_MAP_GPA_RANGE = 12  # the one hypercall that KVM passes on
+_WORK_QUEUE = 0.005  # seconds in which the kernel's work queues have run
 ANY = 0xFFFFFFFF  # "no such argument"
 SERVICES = {
     1: "irq_raise", 2: "irq_lower", 3: "irq_pulse", 4: "msi", 5: "nmi", 6: "interrupt", 7: "irqfd", 8: "exception",
@@ -34,9 +38,13 @@ class Services:
         self._irqfds: dict[int, EventFd] = {}
         self._resamples: dict[int, EventFd] = {}
         self._bell: EventFd | None = None
+        self._bell_at: list[int] = []  # the doorbell's arguments
+        self._pages: list[int] = []  # gpas of coalesced pages
         self._rung = 0
         self._written: list[int] = []
         self._msrs: dict[int, int] = {}
+        self._answered: list[int] = []  # MSRs
+        self._denied: list[int] = []
         self._announced = 0
 
     def call(self, number: int, arguments: tuple[int, ...]) -> int:
@@ -53,7 +61,7 @@ class Services:
         """A hypercall of KVM's own numbering, made with VMCALL or VMMCALL."""
         if number != KVM_HC_MAP_GPA_RANGE:
             return -KVM_ENOSYS
-        self._announced += arguments[1]
+        self._announced = self._announced + arguments[1] & (1 << 64) - 1
         return 0
 
     def announced(self, *_: int) -> int:
@@ -103,13 +111,17 @@ class Services:
         if fd is None:
             if gsi > 23:
                 return -EINVAL
-            fd, resample = EventFd(), EventFd() if level == 1 else None
-            self._machine.vm.irqfd(gsi, fd.fd, -1 if resample is None else resample.fd)
-            self._irqfds[gsi] = fd
-            if resample is not None:
-                self._resamples[gsi] = resample
+            fd = self._add_irqfd(gsi, level == 1)
         fd.signal()
         return 0
+
+    def _add_irqfd(self, gsi: int, level: bool) -> EventFd:
+        fd, resample = EventFd(), EventFd() if level else None
+        self._machine.vm.irqfd(gsi, fd.fd, -1 if resample is None else resample.fd)
+        self._irqfds[gsi] = fd
+        if resample is not None:
+            self._resamples[gsi] = resample
+        return fd
 
     def resampled(self, gsi: int, *_: int) -> int:
         """How often the guest has ended the interrupt of a level-triggered irqfd since this was asked last."""
@@ -125,7 +137,7 @@ class Services:
         self._machine.add_device(
             _Rung(self), port=port, length=max(length, 1), eventfd=bell, datamatch=None if datamatch == ANY else datamatch
         )
-        self._bell = bell
+        self._bell, self._bell_at = bell, [port, length, datamatch]
         return 0
 
     def rung(self, *_: int) -> int:
@@ -138,6 +150,7 @@ class Services:
         if self._written:
             return -EINVAL
         self._machine.add_device(_Written(self._written), gpa=gpa, length=4096, coalesced=True)
+        self._pages.append(gpa)
         return 0
 
     def coalesced(self, index: int, *_: int) -> int:
@@ -175,17 +188,87 @@ class Services:
             read=lambda: ~self._msrs.get(index, 0),
             write=lambda value: self._msrs.__setitem__(index, value),
         )
+        self._answered.append(index)
         return 0
 
     def msr_deny(self, index: int, *_: int) -> int:
         """Accesses to the MSR ``index`` are #GP from now on."""
         self._machine.on_msr(index)
+        self._denied.append(index)
         return 0
+
+    # --- saving ------------------------------------------------------------------------------------------------------
+
+    def settle(self) -> None:
+        """Have interrupts arrive that irqfds were signalled for: KVM delivers some from a work queue of its own.
+
+        Taking an irqfd away waits for its work. Of a level-triggered one it would lower the line too: those are given time.
+        """
+        vm = self._machine.vm
+        for gsi, fd in self._irqfds.items():
+            if gsi not in self._resamples:
+                vm.remove_irqfd(gsi, fd.fd)
+                vm.irqfd(gsi, fd.fd)
+        if self._resamples:
+            from time import sleep
+
+            sleep(_WORK_QUEUE)
+
+    def save(self) -> dict[str, Any]:
+        """What the guest has asked for so far."""
+        return {
+            "version": 1,
+            "irqfds": [[gsi, int(gsi in self._resamples)] for gsi in self._irqfds],
+            "resampled": [[gsi, _peek(fd)] for gsi, fd in self._resamples.items()],
+            "doorbell": list(self._bell_at),
+            "rung": [0 if self._bell is None else _peek(self._bell), self._rung],
+            "pages": list(self._pages),
+            "written": list(self._written),
+            "answered": list(dict.fromkeys(self._answered)),
+            "denied": list(dict.fromkeys(self._denied)),
+            "msrs": [[index, value] for index, value in self._msrs.items()],
+            "announced": self._announced,
+        }
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Take back what save() gave, in a machine that is new. Raises StateError."""
+        saved = Saved(state, "services", 1)
+        long, word = (1 << 64) - 1, 0xFFFFFFFF
+        for gsi, level in saved.pairs("irqfds", 23, 24):
+            self._add_irqfd(gsi, bool(level))
+        for gsi, count in saved.pairs("resampled", long - 1, 24):
+            if gsi not in self._resamples:
+                raise StateError("services.resampled", f"GSI {gsi} has no level-triggered irqfd")
+            self._resamples[gsi].signal(count)
+        bell = saved.numbers("doorbell", word, at_most=3)
+        rung, self._rung = saved.numbers("rung", long - 1, 2)
+        if bell:
+            if len(bell) != 3 or self.doorbell(*bell) or self._bell is None:
+                raise StateError("services.doorbell", "it cannot be made")
+            self._bell.signal(rung)
+        for gpa in saved.numbers("pages", word, at_most=256):
+            if self.coalesce(gpa):
+                raise StateError("services.pages", f"gpa {gpa:#x} cannot be coalesced")
+        self._written[:] = saved.numbers("written", long, at_most=4096)
+        for index in saved.numbers("answered", word, at_most=256):
+            self.msr_answer(index)
+        for index in saved.numbers("denied", word, at_most=256):
+            self.msr_deny(index)
+        self._msrs.update(saved.pairs("msrs", long, 256))
+        self._announced = saved.number("announced", long)
 
     def close(self) -> None:
         """Close the eventfds."""
         for fd in (*self._irqfds.values(), *self._resamples.values(), *([self._bell] if self._bell else [])):
             fd.close()
+
+
+def _peek(fd: EventFd) -> int:
+    """What take() would give, left in it."""
+    count = fd.take()
+    if count:
+        fd.signal(count)
+    return count
 
 
 class _Rung:
@@ -199,6 +282,13 @@ class _Rung:
     def write(self, offset: int, size: int, value: int) -> None:
         self._services._rung += 1
 
+    def save(self) -> dict[str, Any]:
+        """Services has it all."""
+        return {"version": 1}
+
+    def load(self, state: dict[str, Any]) -> None:
+        """There is nothing to take back."""
+
 
 class _Written:
     """Keeps up to 4096 written values."""
@@ -211,3 +301,10 @@ class _Written:
     def write(self, offset: int, size: int, value: int) -> None:
         if len(self._values) < 4096:
             self._values.append(value)
+
+    def save(self) -> dict[str, Any]:
+        """Services has it all."""
+        return {"version": 1}
+
+    def load(self, state: dict[str, Any]) -> None:
+        """There is nothing to take back."""

@@ -10,6 +10,7 @@ from pykvm.errors import GuestImageError
 from pykvm.loaders import load
 from pykvm.memory import GuestMemory
 from pykvm.platform import BIOS_END, BIOS_GPA
+from pykvm.x86.regs import CR4
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
     from pykvm.config import Config
     from pykvm.loaders.image import ImageInfo
     from pykvm.machine import Machine
+    from pykvm.vcpu import VCPU
+    from pykvm.x86.cpumodel import CpuModel
 
     class Origin(Protocol):
         """Where a machine's first state comes from."""
@@ -88,6 +91,17 @@ class ImageOrigin:
         boot = machine.boot = load(config.info, config.data, machine.memory, config.entry, handover)
         with config.blames("entry"):
             config.mode.apply(machine.vcpu, machine.memory, boot.entry, boot.registers)
+        if machine.cpu_model is not None and config.cpu is not None:
+            _limit_xcr0(machine.vcpu, machine.cpu_model)
+
+
+def _limit_xcr0(vcpu: VCPU, model: CpuModel) -> None:
+    """XSAVE's components that the model has no feature of stay off, also where KVM gives the guest more than it was asked for."""
+    if vcpu.get_sregs().cr4 & CR4.OSXSAVE:
+        off = (0xE0 if "avx512f" not in model.features else 0) | (0xE4 if "avx" not in model.features else 0)
+        xcrs = vcpu.get_xcrs()
+        xcrs.cdata.xcrs[0].value &= ~off
+        vcpu.set_xcrs(xcrs)
 
 
 def _keep_out_of_tables(info: ImageInfo) -> None:

@@ -13,7 +13,7 @@ from pykvm.units import PAGE_SIZE
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator
     from typing import Any
 
     from pykvm.bus import SpaceName
@@ -42,6 +42,8 @@ class VCPU(Closes):
         self.fd = -1
         self._sync_regs = vm.sync_regs
         self._vm_coalesced_page = vm.coalesced_page
+        self._xsave = 0  # bytes of an XSAVE area, once asked for
+        self.asked: Cpuid | None = None  # what set_cpuid2() was given
         self._vm = vm.handle  # the VM's fd and memory stay while this vCPU does
         # What native/runloop.c knows of this vCPU, at the start of a page of its own; the run loop's table shares the page. Whoever has
         # ``native`` keeps the page.
@@ -80,6 +82,33 @@ class VCPU(Closes):
         """KVM_SET_SREGS. EINVAL means that the control registers contradict each other."""
         ioctl(self.fd, "KVM_SET_SREGS", sregs.cdata, "do CR0, CR4, EFER and CS agree on one mode?")
 
+    def get_sregs2(self) -> Struct:
+        """KVM_GET_SREGS2 (api.rst 4.131): ``struct kvm_sregs2``, as sregs and with PAE's PDPTRs (KVM_CAP_SREGS2)."""
+        return self._get("KVM_GET_SREGS2", "struct kvm_sregs2")
+
+    def set_sregs2(self, sregs: Struct) -> None:
+        """KVM_SET_SREGS2."""
+        ioctl(self.fd, "KVM_SET_SREGS2", sregs.cdata, "do CR0, CR4, EFER and CS agree on one mode?")
+
+    def get_xsave(self) -> bytes:
+        """KVM_GET_XSAVE2 (api.rst 4.134), or KVM_GET_XSAVE where 4096 bytes are enough: the XSAVE area in its standard format
+        (KVM_CAP_XSAVE)."""
+        size = self._xsave_size()
+        area = ffi.new("char[]", size)
+        ioctl(self.fd, "KVM_GET_XSAVE2" if size > 4096 else "KVM_GET_XSAVE", area)
+        return bytes(ffi.buffer(area))
+
+    def set_xsave(self, area: bytes) -> None:
+        """KVM_SET_XSAVE; ``area`` is padded with zeros to the size that KVM reads."""
+        ioctl(
+            self.fd, "KVM_SET_XSAVE", ffi.new("char[]", area.ljust(self._xsave_size(), b"\0")), "does XSTATE_BV or MXCSR ask for too much?"
+        )
+
+    def _xsave_size(self) -> int:
+        if not self._xsave:
+            self._xsave = max(4096, ioctl_value(self._vm.fd, "KVM_CHECK_EXTENSION", lib.KVM_CAP_XSAVE2))
+        return self._xsave
+
     def get_fpu(self) -> Struct:
         """KVM_GET_FPU: x87 and SSE registers (``struct kvm_fpu``)."""
         return self._get("KVM_GET_FPU", "struct kvm_fpu")
@@ -107,6 +136,19 @@ class VCPU(Closes):
     def set_debugregs(self, debugregs: Struct) -> None:
         """KVM_SET_DEBUGREGS."""
         ioctl(self.fd, "KVM_SET_DEBUGREGS", debugregs.cdata)
+
+    def get_nested_state(self, size: int) -> bytes:
+        """KVM_GET_NESTED_STATE (api.rst 4.114): ``struct kvm_nested_state`` and what follows it, at most ``size`` bytes
+        (what KVM_CAP_NESTED_STATE says)."""
+        area = ffi.new("char[]", size)
+        state = ffi.cast("struct kvm_nested_state *", area)
+        state.size = size
+        ioctl(self.fd, "KVM_GET_NESTED_STATE", area)
+        return bytes(ffi.buffer(area, min(state.size, size)))
+
+    def set_nested_state(self, state: bytes) -> None:
+        """KVM_SET_NESTED_STATE (api.rst 4.115)."""
+        ioctl(self.fd, "KVM_SET_NESTED_STATE", ffi.new("char[]", state.ljust(ffi.sizeof("struct kvm_nested_state"), b"\0")))
 
     def get_mp_state(self) -> int:
         """KVM_GET_MP_STATE: a KVM_MP_STATE_ number."""
@@ -164,6 +206,7 @@ class VCPU(Closes):
     def set_cpuid2(self, cpuid: Cpuid) -> None:
         """KVM_SET_CPUID2: before the first run; not every host keeps every bit (read get_cpuid2 back)."""
         ioctl(self.fd, "KVM_SET_CPUID2", cpuid.cdata, f"{len(cpuid)} entries")
+        self.asked = cpuid
 
     def get_msr(self, index: int) -> int:
         """KVM_GET_MSRS for one MSR."""
@@ -182,9 +225,40 @@ class VCPU(Closes):
         if ioctl(self.fd, "KVM_SET_MSRS", msrs, f"MSR {index:#x}") != 1:
             raise KvmError("KVM_SET_MSRS", 22, f"this host's KVM does not take {value:#x} for MSR {index:#x}")
 
+    def get_msrs(self, indices: Iterable[int]) -> dict[int, int]:
+        """KVM_GET_MSRS (api.rst 4.18) for many; those that KVM does not know, or not for this guest, are left out."""
+        wanted = list(indices)
+        got: dict[int, int] = {}
+        msrs = flexible("struct kvm_msrs", "entries", len(wanted))
+        while wanted:
+            msrs.nmsrs = len(wanted)
+            for entry, index in zip(msrs.entries, wanted, strict=False):
+                entry.index = index
+            done = ioctl(self.fd, "KVM_GET_MSRS", msrs, f"{len(wanted)} MSRs")
+            got.update((entry.index, entry.data) for entry in msrs.entries[0:done])
+            del wanted[: done + 1]  # the first that was not read stopped it
+        return got
+
+    def set_msrs(self, values: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
+        """KVM_SET_MSRS (api.rst 4.19) for many, in this order; returns those that KVM did not take."""
+        rows, refused = list(values), []
+        msrs = flexible("struct kvm_msrs", "entries", len(rows))
+        while rows:
+            msrs.nmsrs = len(rows)
+            for entry, (index, value) in zip(msrs.entries, rows, strict=False):
+                entry.index, entry.data = index, value
+            done = ioctl(self.fd, "KVM_SET_MSRS", msrs, f"{len(rows)} MSRs")
+            refused += rows[done : done + 1]
+            del rows[: done + 1]
+        return refused
+
     def get_tsc_khz(self) -> int:
         """KVM_GET_TSC_KHZ: the guest's TSC frequency in kHz (KVM_CAP_GET_TSC_KHZ)."""
         return ioctl_value(self.fd, "KVM_GET_TSC_KHZ")
+
+    def set_tsc_khz(self, khz: int) -> None:
+        """KVM_SET_TSC_KHZ (api.rst 4.55): the guest's TSC counts so fast from now on (KVM_CAP_TSC_CONTROL, or the host's own)."""
+        ioctl_value(self.fd, "KVM_SET_TSC_KHZ", khz, f"{khz} kHz")
 
     def get_stats_fd(self) -> int:
         """KVM_GET_STATS_FD (api.rst 4.133): an fd that kvmstats.read_stats() reads; the caller closes it (KVM_CAP_BINARY_STATS_FD)."""

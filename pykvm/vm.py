@@ -60,6 +60,7 @@ class VM(Closes):
         self.vcpus: list[VCPU] = []
         self.memory: GuestMemory | None = None
         self.irqchip: Literal["none", "kernel", "split"] = "none"
+        self.routes: list[Route] | None = None  # of set_gsi_routing(); KVM does not tell
         self._run_size = system.run_size
         self.sync_regs = system.check_extension("KVM_CAP_SYNC_REGS")
         self.coalesced_page = system.check_extension("KVM_CAP_COALESCED_MMIO")  # where in the kvm_run area its ring is
@@ -190,7 +191,7 @@ class VM(Closes):
     def set_gsi_routing(self, routes: Iterable[Route]) -> None:
         """KVM_SET_GSI_ROUTING (api.rst 4.52): where each GSI leads; replaces all routes (irq.default_routes() are KVM's own)."""
         self.system.require("KVM_CAP_IRQ_ROUTING", "GSI routing")
-        entries = list(routes)
+        entries = self.routes = list(routes)
         table = flexible("struct kvm_irq_routing", "entries", len(entries))
         table.nr = len(entries)
         for entry, route in zip(table.entries, entries, strict=False):
@@ -224,6 +225,27 @@ class VM(Closes):
         request = ffi.new("struct kvm_irqfd *")
         request.fd, request.gsi, request.flags = fd, gsi, lib.KVM_IRQFD_FLAG_DEASSIGN
         ioctl(self.fd, "KVM_IRQFD", request, f"GSI {gsi}")
+
+    def get_irqchip(self, chip: int) -> Struct:
+        """KVM_GET_IRQCHIP (api.rst 4.26): ``struct kvm_irqchip`` of KVM_IRQCHIP_PIC_MASTER, _PIC_SLAVE or _IOAPIC."""
+        state = new("struct kvm_irqchip")
+        state.chip_id = chip
+        ioctl(self.fd, "KVM_GET_IRQCHIP", state.cdata)
+        return state
+
+    def set_irqchip(self, state: Struct) -> None:
+        """KVM_SET_IRQCHIP (api.rst 4.27)."""
+        ioctl(self.fd, "KVM_SET_IRQCHIP", state.cdata)
+
+    def get_pit2(self) -> Struct:
+        """KVM_GET_PIT2 (api.rst 4.73): ``struct kvm_pit_state2`` (KVM_CAP_PIT_STATE2)."""
+        state = new("struct kvm_pit_state2")
+        ioctl(self.fd, "KVM_GET_PIT2", state.cdata)
+        return state
+
+    def set_pit2(self, state: Struct) -> None:
+        """KVM_SET_PIT2 (api.rst 4.74): its channels count from their initial counts again."""
+        ioctl(self.fd, "KVM_SET_PIT2", state.cdata)
 
     # --- exits that need no user space --------------------------------------------------------------------------------
 

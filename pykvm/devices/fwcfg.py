@@ -13,11 +13,12 @@ Source: QEMU docs/specs/fw_cfg.rst.
 
 from __future__ import annotations
 
-from pykvm.errors import ConfigError, GuestMemoryError
+from pykvm.devices.saved import Saved
+from pykvm.errors import ConfigError, GuestMemoryError, StateError
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from typing import ClassVar
+    from typing import Any, ClassVar
 
     from pykvm.memory import GuestMemory
 
@@ -32,6 +33,7 @@ DMA_ERROR, DMA_READ, DMA_SKIP, DMA_SELECT, DMA_WRITE = 1, 2, 4, 8, 16
 DMA_SIGNATURE = b"QEMU CFG"
 NAME_SIZE = 56  # with its NUL
 MAX_FILES = 0x1000
+MAX_CONTENT = 16 << 20  # bytes of an item in a saved state
 WRITABLE = 0x4000  # a bit of the selector from the time when the data port could be written
 
 
@@ -106,6 +108,31 @@ class FwCfg:
         data = self.items.get(self.selected, b"")[self.offset : self.offset + length]
         self.offset += length
         return data or b"\0"
+
+    # --- saving ------------------------------------------------------------------------------------------------------
+
+    def save(self) -> dict[str, Any]:
+        """What is selected, and all items."""
+        items = [[selector, content.hex()] for selector, content in self.items.items()]
+        place = {"selected": self.selected, "offset": self.offset, "address": self.address}
+        return {"version": 1, **place, "items": items, "files": [list(row) for row in self.files.items()]}
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Take back what save() gave. Raises StateError."""
+        saved = Saved(state, self.name, 1)
+        self.selected, self.offset = saved.number("selected", 0xFFFF), saved.number("offset", (1 << 63) - 1)
+        self.address = saved.number("address", (1 << 64) - 1)
+        items = {}
+        for row in saved.rows("items", 2, MAX_FILES + FIRST_FILE):
+            one = Saved({"version": 1, "selector": row[0], "content": row[1]}, "fw_cfg.items", 1)
+            items[one.number("selector", 0xFFFF)] = one.bytes("content", MAX_CONTENT)
+        files: dict[str, int] = {}
+        for row in saved.rows("files", 2, MAX_FILES):
+            if not isinstance(row[0], str) or len(row[0]) >= NAME_SIZE:
+                raise StateError("fw_cfg.files", "a name is too long")
+            files[row[0]] = Saved({"version": 1, row[0]: row[1]}, "fw_cfg.files", 1).number(row[0], 0xFFFF)
+        self.files = files
+        self.items = items
 
     # --- DMA ---------------------------------------------------------------------------------------------------------
 

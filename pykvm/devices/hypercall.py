@@ -12,9 +12,12 @@ One set of registers serves all vCPUs: guests with several take a lock around a 
 
 from __future__ import annotations
 
+from pykvm.devices.saved import Saved
+
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from typing import Any
 
 __all__ = ["LENGTH", "HypercallPort"]
 
@@ -47,3 +50,13 @@ class HypercallPort:
         registers = [*self.arguments, self.result & 0xFFFFFFFF, self.result >> 32]
         whole = b"".join(register.to_bytes(4, "little") for register in registers)
         return int.from_bytes(whole[offset : offset + size], "little")
+
+    def save(self) -> dict[str, Any]:
+        """The registers. What the calls have set up is whoever's answers them."""
+        return {"version": 1, "arguments": list(self.arguments), "result": self.result}
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Take back what save() gave. Raises StateError."""
+        saved = Saved(state, self.name, 1)
+        self.arguments = saved.numbers("arguments", 0xFFFFFFFF, 4)
+        self.result = saved.number("result", (1 << 64) - 1)

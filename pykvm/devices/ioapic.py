@@ -8,9 +8,12 @@ Source: Intel 82093AA datasheet sections 3.0 and 3.2; SDM vol. 3 section 11.8.5 
 
 from __future__ import annotations
 
+from pykvm.devices.saved import Saved
+
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from typing import Any
 
 __all__ = ["Ioapic"]
 
@@ -109,9 +112,25 @@ class Ioapic:
             if not entry & LEVEL:
                 entry &= ~REMOTE_IRR
         self.entries[pin] = entry
-        self.on_routes({p: _message(e) for p, e in enumerate(self.entries) if not e & MASKED and e & DELIVERY != EXTINT})
+        self._tell_routes()
         if not high and entry & LEVEL and self.levels >> pin & 1:
             self._serve(pin)
+
+    def _tell_routes(self) -> None:
+        self.on_routes({p: _message(e) for p, e in enumerate(self.entries) if not e & MASKED and e & DELIVERY != EXTINT})
+
+    # --- saving ------------------------------------------------------------------------------------------------------
+
+    def save(self) -> dict[str, Any]:
+        """Registers and lines."""
+        return {"version": 1, "index": self.index, "id": self.id, "entries": list(self.entries), "levels": self.levels}
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Take back what save() gave, and tell of the routes. Raises StateError."""
+        saved = Saved(state, self.name, 1)
+        self.index, self.id = saved.number("index", 0xFF), saved.number("id", 0xF)
+        self.entries, self.levels = saved.numbers("entries", (1 << 64) - 1, PINS), saved.number("levels", (1 << PINS) - 1)
+        self._tell_routes()
 
     def __repr__(self) -> str:
         live = sum(not entry & MASKED for entry in self.entries)

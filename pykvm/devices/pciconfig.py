@@ -6,9 +6,11 @@ Source: PCI local bus specification 3.0, section 3.2.2.3.2 (configuration mechan
 
 from __future__ import annotations
 
+from pykvm.devices.saved import Saved
+
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from typing import ClassVar
+    from typing import Any, ClassVar
 
     from pykvm.devices.reset import ResetControl
 
@@ -37,3 +39,12 @@ class PciConfig:
         """Only the reset control register keeps something."""
         if offset == RESET_CONTROL and size == 1:
             self.reset.write(0, 1, value)
+
+    def save(self) -> dict[str, Any]:
+        """The reset control register's."""
+        return {"version": 1, "reset": self.reset.save()}
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Take back what save() gave. Raises StateError."""
+        Saved(state, self.name, 1)
+        self.reset.load(state.get("reset", {}))

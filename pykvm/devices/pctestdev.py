@@ -13,9 +13,12 @@ Source: what QEMU 7.2's device does, as kvm-unit-tests use it.
 
 from __future__ import annotations
 
+from pykvm.devices.saved import Saved
+
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from typing import Any
 
     from pykvm.devices.debugconsole import DebugConsole
 
@@ -41,6 +44,14 @@ class EchoPorts:
         """Keep them."""
         data = value.to_bytes(size, "little")[: 4 - offset]
         self.bytes[offset : offset + len(data)] = data
+
+    def save(self) -> dict[str, Any]:
+        """The bytes."""
+        return {"version": 1, "bytes": self.bytes.hex()}
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Take back what save() gave. Raises StateError."""
+        self.bytes[:] = Saved(state, self.name, 1).bytes("bytes", 4, 4)
 
 
 class BytePorts(EchoPorts):
@@ -71,6 +82,14 @@ class FlushPort:
     def __init__(self, flush: Callable[[int], object]) -> None:
         self.flush = flush
 
+    def save(self) -> dict[str, Any]:
+        """There is nothing to keep."""
+        return {"version": 1}
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Take back what save() gave. Raises StateError."""
+        Saved(state, self.name, 1)
+
     def write(self, offset: int, size: int, value: int) -> None:
         """Flush the page of this gpa."""
         if offset == 0 and size == 4:
@@ -91,3 +110,11 @@ class IrqLines:
         if size == 1:
             self.levels[offset] = 1 if value else 0
             self.drive(offset, self.levels[offset])
+
+    def save(self) -> dict[str, Any]:
+        """The levels."""
+        return {"version": 1, "levels": list(self.levels)}
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Take back what save() gave. Raises StateError."""
+        self.levels = Saved(state, self.name, 1).numbers("levels", 1, LINES)

@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+from pykvm.devices.saved import Saved
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
+
 __all__ = ["PostPort"]
 
 
@@ -23,6 +29,14 @@ class PostPort:
         self.codes.append(value)
         if len(self.codes) > self.history:
             del self.codes[0]
+
+    def save(self) -> dict[str, Any]:
+        """The codes."""
+        return {"version": 1, "codes": list(self.codes)}
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Take back what save() gave. Raises StateError."""
+        self.codes = Saved(state, self.name, 1).numbers("codes", (1 << 64) - 1, at_most=self.history)
 
     def __repr__(self) -> str:
         return f"<POST port: {' '.join(f'{code:02x}' for code in self.codes[-8:]) or 'no codes'}>"

@@ -6,9 +6,12 @@ Sources: Intel ICH datasheets, "Reset Control Register" (RST_CNT) and "Fast A20 
 
 from __future__ import annotations
 
+from pykvm.devices.saved import Saved
+
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from typing import Any
 
 __all__ = ["KeyboardController", "PortA", "ResetControl"]
 
@@ -35,6 +38,14 @@ class ResetControl:
             self.stop("reset", None)
         self.value = value & 0x0A
 
+    def save(self) -> dict[str, Any]:
+        """The bits last written."""
+        return {"version": 1, "value": self.value}
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Take back what save() gave. Raises StateError."""
+        self.value = Saved(state, self.name, 1).number("value", 0x0A)
+
 
 class KeyboardController:
     """Just enough of an 8042 at ports 0x60-0x64: idle status, no keyboard, and command 0xFE, which pulses the reset line."""
@@ -47,6 +58,14 @@ class KeyboardController:
     def read(self, offset: int, size: int) -> int:
         """Offset 4 is the status register; no key was ever pressed. The ports between are not the 8042's: all ones, as on an open bus."""
         return _IDLE if offset == 4 else 0 if offset == 0 else 0xFF
+
+    def save(self) -> dict[str, Any]:
+        """There is nothing to keep."""
+        return {"version": 1}
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Take back what save() gave. Raises StateError."""
+        Saved(state, self.name, 1)
 
     def write(self, offset: int, size: int, value: int) -> None:
         """Commands go to offset 4."""

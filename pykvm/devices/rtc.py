@@ -13,11 +13,14 @@ from __future__ import annotations
 
 import time
 
+from pykvm.devices.saved import Saved
+from pykvm.errors import StateError
 from pykvm.platform import MMIO_HOLE
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from typing import Any
 
 __all__ = ["Rtc"]
 
@@ -94,6 +97,30 @@ class Rtc:
         """To be called now and then, from the thread that runs the guest: the interrupt that is due comes."""
         if self.irq is not None and self.ram[REG_B] & B_INTERRUPTS:
             self._catch_up()
+
+    # --- saving ------------------------------------------------------------------------------------------------------
+
+    def save(self) -> dict[str, Any]:
+        """Registers, CMOS RAM and how the guest's time differs from the host's, in crystal periods: time passes while it is saved."""
+        held = None if self._held is None else [list(row) for row in self._held.items()]
+        return {
+            "version": 1, "index": self.index, "ram": self.ram.hex(), "offset": self.offset, "held": held, "held_at": self._held_at,
+            "seen": self._seen, "level": self._level,
+        }  # fmt: skip
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Take back what save() gave. Raises StateError."""
+        saved = Saved(state, self.name, 1)
+        far = 1 << 62
+        self.index, self.ram = saved.number("index", 0xFF), bytearray(saved.bytes("ram", 128, 128))
+        self.offset, self._held_at = saved.number("offset", far, -far), saved.number("held_at", far, -far)
+        self._seen, self._level = saved.number("seen", far, -far), saved.number("level", 1)
+        self._held = None
+        if state.get("held") is not None:
+            held = dict(saved.pairs("held", 0xFF))
+            if set(held) != set(_LIMITS):
+                raise StateError("RTC.held", "these are not the registers of a time")
+            self._held = held
 
     def __repr__(self) -> str:
         year, month, day, hour, minute, second = map(self._number, (YEAR, MONTH, DAY, HOURS, MINUTES, SECONDS))

@@ -5,6 +5,12 @@ At ports 0xE0-0xE7 (the first four as in QEMU's pc-testdev) and at gpa 0xD000000
 
 from __future__ import annotations
 
+from pykvm.devices.saved import Saved
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
+
 __all__ = ["Scratch"]
 
 
@@ -24,3 +30,12 @@ class Scratch:
         """Keep them."""
         data = value.to_bytes(size, "little")[: max(0, len(self.bytes) - offset)]
         self.bytes[offset : offset + len(data)] = data
+
+    def save(self) -> dict[str, Any]:
+        """The bytes, without the zeros at the end."""
+        return {"version": 1, "bytes": bytes(self.bytes).rstrip(b"\0").hex()}
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Take back what save() gave. Raises StateError."""
+        data = Saved(state, self.name, 1).bytes("bytes", len(self.bytes))
+        self.bytes[:] = data.ljust(len(self.bytes), b"\0")

@@ -8,10 +8,12 @@ Source: National Semiconductor PC16550D datasheet, section 8 (registers), tables
 from __future__ import annotations
 
 from pykvm.devices.once import Once
+from pykvm.devices.saved import Saved
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from typing import Any
 
 __all__ = ["Uart16550"]
 
@@ -99,6 +101,26 @@ class Uart16550:
                 self.queue.extend(self.poll())
             if self.queue:
                 self._fill()
+
+    # --- saving ------------------------------------------------------------------------------------------------------
+
+    _BYTES = ("ier", "fcr", "lcr", "mcr", "scr", "line_errors", "msr_deltas", "msr_lines")
+
+    def save(self) -> dict[str, Any]:
+        """Registers, FIFO and the input that waits."""
+        state: dict[str, Any] = {name: getattr(self, name) for name in self._BYTES}
+        state |= {"version": 1, "divisor": self.divisor, "thre_pending": self.thre_pending, "level": self._level}
+        return state | {"rx": self.rx.hex(), "rx_errors": self.rx_errors.hex(), "queue": self.queue.hex()}
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Take back what save() gave. Raises StateError."""
+        saved = Saved(state, self.name, 1)
+        for name in self._BYTES:
+            setattr(self, name, saved.number(name, 0xFF))
+        self.divisor, self._level, self.thre_pending = saved.number("divisor", 0xFFFF), saved.number("level", 1), saved.flag("thre_pending")
+        self.rx = bytearray(saved.bytes("rx", FIFO_SIZE))
+        self.rx_errors = bytearray(saved.bytes("rx_errors", FIFO_SIZE, len(self.rx)))
+        self.queue = bytearray(saved.bytes("queue", 1 << 24))
 
     # --- guest side --------------------------------------------------------------------------------------------------
 

@@ -1,0 +1,144 @@
+"""A machine made from a MachineState and memory that has the guest's bytes already."""
+
+from __future__ import annotations
+
+import os
+
+from pykvm.abi import lib
+from pykvm.config import IRQCHIPS, MAX_CPUS, Config
+from pykvm.errors import ConfigError, GuestImageError, KvmError, PykvmError, StateError
+from pykvm.loaders import peek
+from pykvm.loaders.image import BootState, ImageInfo
+from pykvm.loaders.source import read_image
+from pykvm.state import vcpustate, vmstate
+from pykvm.state.save import boot_id, device_places
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Any
+
+    from pykvm.machine import Machine
+    from pykvm.memory import GuestMemory
+    from pykvm.state.machinestate import MachineState
+
+__all__ = ["StateOrigin", "config_of"]
+
+
+def config_of(state: MachineState) -> Config:
+    """What the machine was made of. Its image's bytes, which symbols come from, are there if the file still is. Raises StateError."""
+    m = state.machine
+    if m["irqchip"] not in IRQCHIPS or not 1 <= m["cpus"] <= MAX_CPUS:
+        raise StateError("machine", f"{m['cpus']} vCPUs with irqchip {m['irqchip']!r} cannot be")
+    try:
+        data, info = _image(m)
+        config = Config(
+            data,
+            info,
+            memory=m["memory"],
+            cpus=m["cpus"],
+            irqchip=m["irqchip"],
+            cpu=m["cpu"],
+            platform=m["platform"],
+            strict=m["strict"],
+            assist=m["assist"],
+        )
+    except ConfigError as error:
+        raise StateError("machine", str(error)) from None
+    config.sha256 = m["sha256"]
+    return config
+
+
+def _image(m: dict[str, Any]) -> tuple[bytes, ImageInfo]:
+    try:
+        if m["sha256"] and os.path.isfile(m["image"]):
+            data, path = read_image(m["image"])
+            if Config.hash(data) == m["sha256"]:
+                protocol = m["protocol"]
+                info = peek(data, path, "auto" if protocol else m["mode"], protocol or "auto")
+                info.note = m["note"]
+                return data, info
+    except (GuestImageError, ConfigError):
+        pass
+    why = "as the saved state says"
+    return b"", ImageInfo(m["image"], "state", m["mode"], m["entry"], [], m["note"], why=why, protocol=m["protocol"])
+
+
+class StateOrigin:
+    """Brings a saved state and ``memory`` into a machine (start.py).
+
+    ``notes``: what could not be put back and does not matter, in words; ``dropped``: what ``adapt`` has dropped.
+
+    ``waiting``: the states of devices that are not there yet, by space and base: add_device() gives them theirs.
+    """
+
+    def __init__(self, state: MachineState, memory: GuestMemory, adapt: bool = False, accept_tsc: bool = False) -> None:
+        self.state, self.memory, self._adapt, self._accept_tsc = state, memory, adapt, accept_tsc
+        self.notes: list[str] = []
+        self.dropped: list[str] = []
+        have = [(slot.gpa, slot.size, slot.readonly) for slot in memory.slots]
+        want = [(slot["gpa"], slot["size"], slot["readonly"]) for slot in state.slots]
+        if have != want:
+            raise StateError("slots", "they are not those of the memory that comes with the state")
+
+    def make_memory(self) -> GuestMemory:
+        """The memory that came with the state."""
+        return self.memory
+
+    def _compare(self, machine: Machine) -> None:
+        """With this host; raises IncompatibleStateError. Where it is the very host that saved the state, there is nothing to compare."""
+        if self.state.host["boot"] and self.state.host["boot"] == boot_id():
+            return
+        from pykvm.state.compat import Host, demand
+
+        verdict = demand(self.state, Host.of(machine.system), adapt=self._adapt, accept_tsc=self._accept_tsc)
+        self.state, self.dropped = verdict.state, verdict.dropped
+        self.notes += verdict.notes
+
+    def set_cpuid(self, machine: Machine) -> None:
+        """What each vCPU was given, as far as this host can. Raises IncompatibleStateError."""
+        self._compare(machine)
+        for vcpu, state in zip(machine.vcpus, self.state.vcpus, strict=True):
+            try:
+                vcpu.set_cpuid2(vcpustate.cpuid_of(state["asked"]))
+            except KvmError as error:
+                raise StateError(f"vcpus[{vcpu.id}].asked", f"this host's KVM does not take it: {error}") from error
+
+    def fill(self, machine: Machine) -> None:
+        """Registers, interrupt controllers, clocks, devices."""
+        state, vm = self.state, machine.vm
+        machine.boot = BootState(state.machine["start"], state.machine["mode"])
+        here = vcpustate.xsave_layout(machine.system.get_supported_cpuid())
+        if state.services is not None and machine.services is not None:
+            _load(machine.services, state.services, "services")
+        if machine.cpu_model is None and machine.config.cpu is not None:
+            from pykvm.x86.cpumodel import CpuModel
+
+            machine.cpu_model = CpuModel.parse(machine.config.cpu, machine.system)
+        for vcpu, data in zip(machine.vcpus, state.vcpus, strict=True):
+            self.notes += vcpustate.write(vm, vcpu, data, state.host["xsave"], here)
+        vmstate.write(vm, state.vm)
+        machine.clock = state.vm["clock"]
+        waiting = {(d["space"], d["base"]): d["state"] for d in state.devices}
+        for space, base, name, device in device_places(machine):
+            data = waiting.pop((space, base), None)
+            if data is not None and hasattr(device, "load"):
+                _load(device, data, name)
+        machine.waiting_devices = waiting
+        for runner, data in zip(machine.runners, state.runners, strict=True):
+            runner.vectors = data["vectors"]
+            for reason, count in data["exits"]:
+                if reason >= lib.PYKVM_REASONS:
+                    raise StateError("runners.exits", f"{reason} is no exit reason")
+                runner.vcpu.native.counts[reason] = count
+        for console, data in ((machine.console, state.console), (machine.debug_port, state.debug_port)):
+            console.data[:] = bytes.fromhex(data["data"])
+            console.dropped = data["dropped"]
+
+
+def _load(device: Any, data: dict[str, Any], name: str) -> None:
+    try:
+        device.load(data)
+    except StateError:
+        raise
+    except (PykvmError, OSError, ValueError, TypeError, KeyError) as error:
+        raise StateError(name, f"its state cannot be taken back: {error!r}") from error
