@@ -223,6 +223,8 @@ def _behaviour(path: str) -> Iterator[Row]:
 
     probes: dict[str, tuple[Callable[[], bool], str]] = {
         "CPL0 code is emulated": (probe.cpl0_emulated, "a guest: popcnt at CPL0"),
+        "real mode is emulated": (lambda: probe.cpl0_emulated("real"), "a guest: popcnt in real mode"),
+        "emulation assist works": (probe.assist_works, "a guest: popcnt and cvtsi2sd of MMIO, which KVM's emulator does not know"),
         "CPL3 ports by I/O bitmap": (lambda: probe.cpl3_ports("bitmap"), "a guest: out at CPL3, IOPL 0, a bitmap of zeros"),
         "CPL3 ports by IOPL": (lambda: probe.cpl3_ports("iopl"), "a guest: out at CPL3, IOPL 3, a bitmap of ones"),
         "CPL3 single-steps": (lambda: probe.single_step("user"), "a guest: KVM_GUESTDBG_SINGLESTEP at CPL3"),

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from pykvm.x86.modes import Mode
 
 __all__ = [
+    "assist_works",
     "breakpoints",
     "cpl0_emulated",
     "cpl3_ports",
@@ -84,6 +85,25 @@ def cpl0_emulated(mode: str = "long") -> bool:
     """
     exit, _ = _exit_of(b"\xf3\x0f\xb8\xc0\xf4", mode)  # popcnt eax, eax; hlt
     return isinstance(exit, exits.InternalError)
+
+
+@cache
+def assist_works() -> bool:
+    """Whether what KVM's emulator does not know is finished in user space: POPCNT and CVTSI2SD of MMIO (x86/assist/)."""
+    from pykvm.errors import GuestCrash
+    from pykvm.machine import Machine
+
+    class Device:
+        def read(self, offset: int, size: int) -> int:
+            return 7
+
+    code = bytes.fromhex("bb000010d0 f30fb803 f20f2a03 f20f2cd0 01d0 e6f4")  # popcnt eax, [rbx]; cvtsi2sd xmm0, [rbx]; cvttsd2si edx, xmm0
+    with Machine(code, mode="long", memory="2M") as machine:  # add eax, edx; out 0xf4, al
+        machine.add_device(Device(), gpa=0xD010_0000, length=4)
+        try:
+            return machine.run(100 * _TIMEOUT).exit_code == 10
+        except GuestCrash:
+            return False
 
 
 @cache

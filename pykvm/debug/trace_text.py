@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+from pykvm import exits
 from pykvm.debug.tracefilter import name_of
 from pykvm.exit_reason import reason_name
 
@@ -69,6 +70,8 @@ class Formatter:
         if name == "SHUTDOWN":
             return "SHUTDOWN: triple fault"
         exit = event.exit
+        if isinstance(exit, exits.InternalError) and exit.suberror == 1:
+            return f"{name}: KVM's emulator does not know it"
         if type(exit).__match_args__:
             return f"{name}: {exit!r}"
         return f"{name} {event.qualifier:#x}" if event.qualifier else name

@@ -4,13 +4,11 @@ On a host that executes CPL0 code KVM gives up on none of these, and each test s
 """
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 import pykvm
 from pykvm import GuestCrash, Machine, probe
 from tests.conftest import TIMEOUT
-from tests.kvm.assist import CF, INTERRUPT, OF, SF, STATUS, TRAP, ZF, at_the_handler, gate, has, operands, rounds, same_at_both_levels
+from tests.kvm.assist import CF, INTERRUPT, OF, SF, STATUS, TRAP, ZF, at_the_handler, gate, has, same_at_both_levels, with_rows
 
 # instruction -> the flags that it leaves defined (SDM vol. 2)
 BITS = {
@@ -27,8 +25,7 @@ BMI = {
 }  # fmt: skip
 
 
-@rounds
-@given(st.lists(operands(), min_size=8, max_size=8))
+@with_rows(8)
 def test_counting_bits(rows):
     counts = same_at_both_levels(BITS, rows)
     assert counts == ({"popcnt": 24, "crc32": 32} if probe.cpl0_emulated() else {})
@@ -38,8 +35,7 @@ def test_bmi_and_adx():
     if not has("andn eax, eax, eax") or not has("mulx eax, ecx, edx") or not has("adcx eax, eax"):
         pytest.skip("a CPL3 program cannot execute BMI1, BMI2 and ADX here (probed)")
 
-    @rounds
-    @given(st.lists(operands(), min_size=8, max_size=8))
+    @with_rows(8)
     def compare(rows):
         counts = same_at_both_levels(BMI, rows)
         assert sum(counts.values()) == (8 * len(BMI) if probe.cpl0_emulated() else 0)

@@ -21,7 +21,9 @@ def _cmpxchg16b(cpu: Cpu, op: Operation) -> None:
     cpu.probe_write(access, align=16)
     regs = cpu.regs
     value = ffi.new("uint64_t[2]", (int(regs.rax), int(regs.rdx)))
-    equal = lib.pykvm_cmpxchg16(ffi.cast("void *", cpu.hva(access)), value, int(regs.rbx), int(regs.rcx))
+    gpa, hva = cpu.atomic_place(access)
+    equal = lib.pykvm_cmpxchg16(ffi.cast("void *", hva), value, int(regs.rbx), int(regs.rcx))
+    cpu.view.memory.mark_written(gpa, 16)
     if not equal:
         regs.rax, regs.rdx = value[0], value[1]
     cpu.set_flags(RFLAGS.ZF, RFLAGS.ZF * equal)

@@ -165,13 +165,13 @@ class Cpu:
             raise Declined(f"it accesses {whole} bytes of MMIO at gpa {gpa:#x}, where no device of this machine takes so many at once")
         return self.bus
 
-    def hva(self, access: Access) -> int:
-        """The host address of an access that was checked by probe_write(); for what must be one atomic access there."""
+    def atomic_place(self, access: Access) -> tuple[int, int]:
+        """(gpa, hva) of an access that was checked by probe_write(), for what must be one atomic access there; mark_written() follows."""
         gpa = self.translate(access.linear, access.size, write=True)
         slot = self._slot(gpa, access.size)
         if slot is None or slot.readonly or access.linear % access.size:
             raise Declined(f"it is to be atomic at gpa {gpa:#x}, which is not memory, or not aligned")
-        return slot.hva + gpa - slot.gpa
+        return gpa, slot.hva + gpa - slot.gpa
 
     # --- checks ------------------------------------------------------------------------------------------------------
 
@@ -262,6 +262,7 @@ class Cpu:
                 slot = self.view.memory.find(entry.gpa)
                 if slot is not None and not slot.readonly:
                     lib.pykvm_or8(ffi.cast("uint8_t *", slot.hva + entry.gpa - slot.gpa), bits)
+                    self.view.memory.mark_written(entry.gpa, 1)
 
 
 def _place(name: str) -> tuple[str, int]:
