@@ -65,6 +65,13 @@ class Operation:
             return cls(view, insn)
         return None
 
+    def on(self, view: CpuView) -> Operation:
+        """The same instruction, met again in another state."""
+        other: Operation = object.__new__(Operation)
+        other.__dict__.update(self.__dict__)
+        other.view = view
+        return other
+
     def __str__(self) -> str:
         return f"{self.insn.mnemonic} {self.insn.op_str}".strip()
 

@@ -29,6 +29,7 @@ __all__ = ["Assist"]
 DB = 1
 DR6_BS = 1 << 14
 _CODE_BYTES = 15
+_MOST_DECODED = 4096
 
 
 def _table() -> dict[str, Instruction]:
@@ -52,6 +53,7 @@ class Assist:
         self.scratch = Scratch()
         self._instructions = _table()
         self._engines: dict[int, Any] = {}
+        self._decoded: dict[tuple[int, bytes], Operation] = {}  # bits and bytes -> what they are
         self._last: dict[int, tuple[int, int]] = {}  # vCPU -> (RIP, number of exits) where it was last left with a fault
 
     def finish(self, vcpu: VCPU, error: InternalError) -> bool:
@@ -97,7 +99,7 @@ class Assist:
 
     def _computing(self, op: Operation) -> Instruction:
         encoding = Encoding(op.bytes, op.view.bits)
-        wide = Operation.here(op.view, self._engine(64), encoding.moved(CODE, DATA)) if is_computing(encoding) else None
+        wide = self._operation(op.view, 64, encoding.moved(CODE, DATA)) if is_computing(encoding) else None
         if wide is None:
             raise Declined(f"user space does not know `{op}` either")
         return lambda cpu, op: compute(cpu, op, encoding, wide)
@@ -106,16 +108,25 @@ class Assist:
         """Let go of what it keeps."""
         self.scratch.close()
 
-    def _engine(self, bits: int) -> Any:
-        if bits not in self._engines:
-            self._engines[bits] = engine_for(bits)
-        return self._engines[bits]
+    def _operation(self, view: CpuView, bits: int, code: bytes) -> Operation | None:
+        """Decoded, once for each instruction: a guest that needs assist needs it again and again."""
+        known = self._decoded.get((bits, code))
+        if known is None:
+            if bits not in self._engines:
+                self._engines[bits] = engine_for(bits)
+            known = Operation.here(view, self._engines[bits], code)
+            if known is None:
+                return None
+            if len(self._decoded) >= _MOST_DECODED:
+                self._decoded.clear()
+            self._decoded[bits, code] = known
+        return known.on(view)
 
     def _decode(self, view: CpuView, code: bytes) -> Operation:
         code = code or view.read(view.rip, _CODE_BYTES)
         if not code:
             raise Declined("its bytes cannot be read")
-        op = Operation.here(view, self._engine(view.bits), code)
+        op = self._operation(view, view.bits, code)
         if op is None:
             raise Declined(f"the bytes {code[:8].hex(' ')} are no instruction that is known here")
         return op

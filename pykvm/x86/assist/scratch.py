@@ -6,6 +6,7 @@ instruction cannot reach anything but the scratch VM's 2 MiB, so that whatever b
 
 from __future__ import annotations
 
+from pykvm.abi import ffi
 from pykvm.exits import Intr, IoOut
 from pykvm.memory import GuestMemory
 from pykvm.platform import DEBUG_EXIT, EXCEPTION_REPORT
@@ -25,7 +26,6 @@ __all__ = ["CODE", "DATA", "Scratch"]
 CODE, DATA = 0x100000, 0x120000
 _END = bytes((0xE6, DEBUG_EXIT))  # out DEBUG_EXIT, al: exits from CPL3 and touches no register
 _PATIENCE = 5.0  # seconds; it takes microseconds
-_GENERAL = ("rax", "rbx", "rcx", "rdx", "rsi", "rdi", "rbp", "rsp", *(f"r{n}" for n in range(8, 16)))
 
 
 class Scratch:
@@ -62,9 +62,7 @@ class Scratch:
         memory, vcpu = self.memory, self.vcpu
         memory.write(CODE, code + _END)
         memory.write(DATA, data)
-        mine = vcpu.get_regs()
-        for name in _GENERAL:
-            setattr(mine, name, getattr(regs, name))
+        mine = regs.copy()
         mine.rip, mine.rflags = CODE, RFLAGS.FIXED | RFLAGS.IOPL | RFLAGS.IF | int(regs.rflags) & STATUS
         if not self._fresh:
             vcpu.set_sregs(self._sregs)
@@ -75,9 +73,8 @@ class Scratch:
         fpu.load(vcpu)
         if vector is None:
             mine = vcpu.get_regs()
-            for name in _GENERAL:
-                setattr(regs, name, getattr(mine, name))
-            regs.rflags = int(regs.rflags) & ~STATUS | int(mine.rflags) & STATUS
+            mine.rip, mine.rflags = regs.rip, int(regs.rflags) & ~STATUS | int(mine.rflags) & STATUS
+            ffi.buffer(regs.cdata)[:] = ffi.buffer(mine.cdata)[:]
         return vector, memory.read(DATA, len(data))
 
     def _set_xcr0(self, value: int) -> None:
