@@ -75,7 +75,7 @@ class Config:
     @classmethod
     def of_image(cls, image: str | os.PathLike[str] | bytes, mode: str = "auto", format: str = "auto", **arguments: object) -> Config:
         """For an image: a gallery name, a path, or bytes (loaders.source.read_image); "auto" is what the image says (loaders.peek)."""
-        data, path = read_image(image)
+        data, path = read_image(image, format)
         config = cls(data, peek(data, path, mode, format), **arguments)  # type: ignore[arg-type]
         if mode != "auto":
             config.chosen.discard("entry")

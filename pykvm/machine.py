@@ -62,12 +62,12 @@ class Machine(Closes):
     ``backing``: where RAM comes from (GuestMemory.add): "anonymous", "memfd" or "hugetlb".
     ``format``: "auto", or one of loaders.FORMATS, to insist on it; ``info.why`` says why it is what it is.
     ``entry``: gpa to start at instead of the image's own. ``append``: a command line: RSI points at it, or the image's boot protocol says.
-    ``initrd``: modules for multiboot and PVH images: "FILE" or "FILE its own command line", or bytes.
+    ``initrd``: modules for multiboot, PVH and Linux images: "FILE" or "FILE its own command line", or bytes.
     ``cpus``: vCPUs; those after the first wait for INIT and SIPI. ``pin``: each on a host CPU of its own. ``irqchip``: "none", "kernel"
     (PIC, IOAPIC, LAPICs and PIT in KVM) or "split" (LAPICs in KVM, the IOAPIC here); what the note asks for, else none, but with several
     vCPUs "kernel". ``cpu``: a CPU model (x86.cpumodel.CpuModel.parse), by default all that KVM offers.
     ``platform``: "pykvm", or "pc-test", which is what kernels and firmware made for QEMU expect (pctest.py; its irqchip is
-    "kernel"): the choice of multiboot, PVH and firmware images.
+    "kernel"): the choice of images with a boot protocol.
     ``loop``: "native" or "python". ``stats``: record every exit. ``ledger``: keep every record, so many for each vCPU (True: 2**20), for
     the attribute ``ledger``. ``strict``: an access that nobody claims is a crash. ``assist``: finish instructions
     that KVM's emulator does not know (x86/assist/); False: they are a crash.

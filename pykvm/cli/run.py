@@ -53,7 +53,7 @@ COMMAND = Command(
     "run",
     "IMAGE",
     "Run a guest until it halts, exits, crashes or its time is up. IMAGE is a gallery name (pykvm guests) or a file:\n"
-    "multiboot, PVH, ELF32 or ELF64, or a flat binary. The guest's console (COM1 and port 0xe9) is stdout, stdin is its input.",
+    "multiboot, PVH, Linux, ELF32 or ELF64, or a flat binary. The guest's console (COM1 and port 0xe9) is stdout, stdin is its input.",
     [*GUEST_OPTIONS, *RUN_OPTIONS],
     [
         "pykvm run hello --stats",

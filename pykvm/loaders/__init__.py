@@ -11,8 +11,9 @@ Which format a file has, the first that holds:
 3. a pykvm note without it: an ELF executable of pykvm's own kind;
 4. a multiboot header in the first 8192 bytes: multiboot (before PVH, as QEMU has it: an image with both was made for several loaders);
 5. a Xen note with a PVH entry: PVH;
-6. an ELF header: an executable, in protected mode (ELF32) or long mode (ELF64);
-7. nothing of all this: a flat binary.
+6. a Linux setup header: Linux' 32-bit boot protocol;
+7. an ELF header: an executable, in protected mode (ELF32) or long mode (ELF64);
+8. nothing of all this: a flat binary.
 
 ``ImageInfo.why`` says which it was.
 """
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
 
 __all__ = ["FORMATS", "load", "peek"]
 
-FORMATS = ("elf", "flat", "multiboot", "pvh", "firmware")
+FORMATS = ("elf", "flat", "multiboot", "pvh", "linux", "firmware")
 _MULTIBOOT_MAGIC = b"\x02\xb0\xad\x1b"  # here too, so that most starts need not import its loader
 
 
@@ -65,7 +66,7 @@ def _recognize(data: bytes, path: str, headers: elf.Headers | None) -> tuple[str
     """(format, why)."""
     if headers is not None and headers.note:
         named = headers.note.get("format", "elf")
-        if named not in FORMATS or named == "flat":
+        if named not in FORMATS or named in ("flat", "linux"):
             raise GuestImageError(path, None, f"its pykvm note asks for format {named!r}: use elf, multiboot, pvh or firmware")
         return named, "its pykvm note says so" if "format" in headers.note else "it has a pykvm note"
     pvh = headers is not None and headers.pvh_entry is not None
@@ -83,15 +84,16 @@ def _recognize(data: bytes, path: str, headers: elf.Headers | None) -> tuple[str
             return "pvh", f"an ELF note names a PVH entry, gpa {headers.pvh_entry:#x}{broken}"
         mode = "protected" if headers.bits == 32 else "long"
         return "elf", f"it has an ELF header, but neither a pykvm note nor a multiboot header nor a PVH entry: {mode} mode{broken}"
-    return "flat", _why_flat(data, path) + broken
+    if data[0x202:0x206] == b"HdrS":
+        from pykvm.loaders.bzimage import is_bzimage
+
+        if is_bzimage(data):
+            return "linux", f"it has a Linux setup header{broken}; --format pvh takes the vmlinux inside"
+    return "flat", _why_flat(data) + broken
 
 
-def _why_flat(data: bytes, path: str) -> str:
-    """Raises GuestImageError for a file that is certainly no flat binary."""
-    if len(data) > 0x206 and data[0x1FE:0x200] == b"\x55\xaa" and data[0x202:0x206] == b"HdrS":
-        why = "it is a Linux bzImage, which wants a boot loader of its own: take the vmlinux inside (docs/guests-from-elsewhere.md)"
-        raise GuestImageError(path, 0x202, why)
-    why = "it has no header that pykvm knows (ELF, multiboot)"
+def _why_flat(data: bytes) -> str:
+    why = "it has no header that pykvm knows (ELF, multiboot, Linux)"
     if len(data) >= 0x10000:
         from pykvm.loaders import firmware
 
@@ -110,6 +112,10 @@ def _protocol(name: str) -> ModuleType:
         from pykvm.loaders import pvh
 
         return pvh
+    if name == "linux":
+        from pykvm.loaders import linux
+
+        return linux
     from pykvm.loaders import firmware
 
     return firmware

@@ -44,7 +44,7 @@ class Handover:
     def plain(self, info: ImageInfo) -> list[tuple[int, bytes]]:
         """For an image without a boot protocol: the command line in its page, as (gpa, bytes) to write. It can take nothing else."""
         if self.modules:
-            raise ConfigError(f"{info.path} is {info.kind}, which takes no --initrd: multiboot and PVH images do")
+            raise ConfigError(f"{info.path} is {info.kind}, which takes no --initrd: multiboot, PVH and Linux images do")
         if not self.cmdline:
             return []
         for s in info.segments:

@@ -31,8 +31,8 @@ class Segment:
 class ImageInfo:
     """An image before it is loaded.
 
-    ``format``: "ELF32", "ELF64" or "flat", what the file is. ``protocol``: how it wants to be started, "" (as pykvm's own guests: registers
-    of ``mode``, nothing else), "multiboot", "pvh" or "firmware". ``why``: how both were found, for people.
+    ``format``: "ELF32", "ELF64", "bzImage" or "flat", what the file is. ``protocol``: how it wants to be started, "" (as pykvm's own
+    guests: registers of ``mode``, nothing else), "multiboot", "pvh", "linux" or "firmware". ``why``: how both were found, for people.
     ``mode``: the CPU mode that it starts in; ``entry`` (gpa), ``segments``, and ``note``, key to value. ``rom``: (gpa, size) of a read-only
     slot that it wants. ``headers``: what elf.read() found, None for a flat file.
     """
@@ -74,7 +74,7 @@ class ImageInfo:
         return f"<ImageInfo {self.path}: {self.kind}, {what}>"
 
 
-_TITLES = {"multiboot": "multiboot", "pvh": "PVH", "firmware": "firmware"}
+_TITLES = {"multiboot": "multiboot", "pvh": "PVH", "linux": "Linux", "firmware": "firmware"}
 
 
 class BootState:
@@ -92,6 +92,7 @@ class BootState:
 # What the modes lay out in guest memory before the start (x86/modes.py): an image there would be overwritten.
 _TABLES = {
     "protected": ((GDT_GPA, GDT_GPA + PAGE_SIZE),),
+    "linux": ((GDT_GPA, GDT_GPA + PAGE_SIZE),),
     "long": ((GDT_GPA, GDT_GPA + PAGE_SIZE), (PAGE_TABLES_GPA, PAGE_TABLES_END)),
     "user": ((GDT_GPA, PAGE_TABLES_END),),
 }

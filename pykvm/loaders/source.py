@@ -18,10 +18,10 @@ _GZIP = b"\x1f\x8b"
 LARGEST_IMAGE = 256 << 20  # bytes of a file; more RAM than that a bss gives
 
 
-def read_image(image: str | os.PathLike[str] | bytes) -> tuple[bytes, str]:
+def read_image(image: str | os.PathLike[str] | bytes, format: str = "auto") -> tuple[bytes, str]:
     """(content, path) of a gallery name, a path (anything with a ``/``, or a file that exists) or the bytes themselves.
 
-    A file packed with gzip is unpacked, as boot loaders do it.
+    A file packed with gzip is unpacked, as boot loaders do it. ``format`` "pvh" takes the vmlinux out of a Linux bzImage.
     Raises GuestImageError: no such guest or file, or one that is too large to be an image.
     """
     if isinstance(image, bytes):
@@ -29,7 +29,14 @@ def read_image(image: str | os.PathLike[str] | bytes) -> tuple[bytes, str]:
     name = os.fspath(image)
     path = gallery.find(name) if isinstance(image, str) and "/" not in name and not os.path.isfile(name) else name
     data = _read(path)
-    return (_unpack(data, path) if data[:2] == _GZIP else data), path
+    if data[:2] == _GZIP:
+        data = _unpack(data, path)
+    if format == "pvh" and data[0x202:0x206] == b"HdrS":
+        from pykvm.loaders.bzimage import is_bzimage, vmlinux
+
+        if is_bzimage(data):
+            data = vmlinux(data, path, LARGEST_IMAGE)
+    return data, path
 
 
 def read_module(module: str | bytes) -> Module:

@@ -43,10 +43,23 @@ if TYPE_CHECKING:
     from pykvm.memory import GuestMemory
     from pykvm.vcpu import VCPU
 
-__all__ = ["MODES", "FirmwareMode", "LongMode", "Mode", "MultibootMode", "ProtectedMode", "PvhMode", "RealMode", "UserMode", "mode_named"]
+__all__ = [
+    "MODES",
+    "FirmwareMode",
+    "LinuxMode",
+    "LongMode",
+    "Mode",
+    "MultibootMode",
+    "ProtectedMode",
+    "PvhMode",
+    "RealMode",
+    "UserMode",
+    "mode_named",
+]
 
 # --- the GDT ---------------------------------------------------------------------------------------------------------
 CODE32, CODE64, DATA = 0x08, 0x10, 0x18
+LINUX_CODE = CODE64  # 32-bit code for Linux, which names this selector
 USER_CODE32, USER_DATA, USER_CODE64, TSS = 0x23, 0x2B, 0x33, 0x38
 GDT_LIMIT = TSS + 15
 TSS_SIZE = 104
@@ -330,6 +343,17 @@ class PvhMode(MultibootMode):
         tr.present, tr.s, tr.dpl, tr.l, tr.db, tr.g, tr.unusable = 1, 0, 0, 0, 0, 0, 0
 
 
+class LinuxMode(ProtectedMode):
+    """What Linux' 32-bit boot protocol promises: a GDT with CS 0x10 and the data segments 0x18, flat (Documentation/arch/x86/boot.rst)."""
+
+    name = "linux"
+
+    def _fill(self, memory: GuestMemory, sregs: Struct, regs: Struct, entry: int) -> None:
+        super()._fill(memory, sregs, regs, entry)
+        memory.write_u64(GDT_GPA + LINUX_CODE, _descriptor(0xB, db=1))
+        sregs.cs.selector = LINUX_CODE
+
+
 class FirmwareMode(Mode):
     """As a CPU comes out of reset: real mode at F000:FFF0 with CS's base at 0xFFFF0000 (SDM vol. 3 table 10-1).
 
@@ -346,9 +370,9 @@ class FirmwareMode(Mode):
         regs.rip, regs.rsi = 0xFFF0, 0
 
 
-# By name. The last three are not modes to choose: they are how the boot protocols of those names start (loaders/).
+# By name. The last four are not modes to choose: they are how the boot protocols of those names start (loaders/).
 MODES: dict[str, type[Mode]] = {
-    mode.name: mode for mode in (RealMode, ProtectedMode, LongMode, UserMode, MultibootMode, PvhMode, FirmwareMode)
+    mode.name: mode for mode in (RealMode, ProtectedMode, LongMode, UserMode, MultibootMode, PvhMode, LinuxMode, FirmwareMode)
 }
 
 
