@@ -17,6 +17,7 @@ from tests.conftest import TIME_SCALE
 PATIENCE = 60 * TIME_SCALE  # seconds for a whole process
 PYKVM = [sys.executable, "-m", "pykvm"]
 LIMIT = str(20 * TIME_SCALE)  # for guests that end by themselves
+FLAT = ("--format", "flat")  # without it, what a file is taken for is said on stderr
 slow = pytest.mark.slow
 both_loops = pytest.mark.parametrize("loop", ["python", "native"])
 
@@ -84,16 +85,16 @@ def test_guests_that_end_well(name, console, loop):
     ],
 )
 def test_debug_exit_codes(code, status, stderr, loop, flat):
-    done = run("run", flat(f"mov al, {code}; out 0xf4, al"), "--loop", loop, "--timeout", LIMIT)
+    done = run("run", flat(f"mov al, {code}; out 0xf4, al"), *FLAT, "--loop", loop, "--timeout", LIMIT)
     assert (done.returncode, done.stderr) == (status, stderr)
 
 
 @slow
 def test_debug_exit_of_32_bits(flat):
     image = flat("mov eax, 0x12345600; out 0xf4, eax")
-    done = run("run", image, "--timeout", LIMIT)
+    done = run("run", image, *FLAT, "--timeout", LIMIT)
     assert (done.returncode, done.stderr) == (63, f"pykvm: debug exit code {0x12345600} (0x12345600)\n")
-    assert run("run", flat("mov al, 5; out 0xf4, al"), "--qemu-exit-status", "--timeout", LIMIT).returncode == 11
+    assert run("run", flat("mov al, 5; out 0xf4, al"), *FLAT, "--qemu-exit-status", "--timeout", LIMIT).returncode == 11
 
 
 def test_triple_fault_is_explained():
@@ -143,7 +144,7 @@ def one_cpu():
 def test_ctrl_c(loop, as_json, flat, one_cpu):
     """What the guest has printed comes out at once, and once only; then it spins."""
     image = flat("sti; mov al, 'x'; out 0xe9, al; mov al, 10; out 0xe9, al; 1: jmp 1b")
-    words = [*PYKVM, "run", image, "--timeout", str(PATIENCE), "--loop", loop]
+    words = [*PYKVM, "run", image, *FLAT, "--timeout", str(PATIENCE), "--loop", loop]
     if as_json:  # nothing comes out before the end: a guest without output has to be seen in /proc
         words += ["--json"]
     process = subprocess.Popen(words, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, preexec_fn=heed_ctrl_c)
@@ -200,7 +201,7 @@ def test_echo_until_the_end_of_stdin(loop):
 @slow
 def test_bytes_pass_unchanged(flat):
     image = flat("xor ax, ax; 1: out 0xe9, al; inc al; jnz 1b; mov al, 10; out 0xe9, al; hlt")
-    assert run("run", image, "--timeout", LIMIT).stdout == bytes(range(256)) + b"\n"
+    assert run("run", image, *FLAT, "--timeout", LIMIT).stdout == bytes(range(256)) + b"\n"
 
 
 @slow
@@ -212,9 +213,9 @@ def test_a_command_line_reaches_the_guest():
 @slow
 def test_unclaimed_accesses_are_told(flat):
     image = flat("mov cx, 3; mov dx, 0x300; 1: out dx, ax; loop 1b; hlt")
-    done = run("run", image, "--timeout", LIMIT)
+    done = run("run", image, *FLAT, "--timeout", LIMIT)
     assert (done.returncode, done.stderr) == (0, "pykvm: no device claims: write to port 0x300, 2 bytes, 3 times\n")
-    done = run("run", image, "--strict", "--timeout", LIMIT)
+    done = run("run", image, *FLAT, "--strict", "--timeout", LIMIT)
     assert done.returncode == 70
     assert "port 0x300" in done.stderr.splitlines()[0]
 
