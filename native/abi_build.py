@@ -34,7 +34,7 @@ ffi.cdef(_without_comments("migrate.cdef"))
 ffi.cdef(_without_comments("assist.cdef"))
 ffi.cdef(_without_comments("bench.cdef"))
 _parts = ["runloop.c", "session.c", "trace.c", "step.c", "migrate.c", "assist.c"]
-_parts += ["bench.c", "bench_irq.c", "bench_traps.c", "bench_mmu.c", "bench_steps.c"]
+_parts += ["bench.c", "bench_irq.c", "bench_traps.c", "bench_mmu.c", "bench_steps.c", "bench_copy.c"]
 ffi.set_source(
     "pykvm._native",
     '#include <sys/mman.h>\n#include "kvm_compat.h"\n#include "runloop.h"\n#include "migrate.h"\n#include "assist.h"\n#include "bench.h"\n',

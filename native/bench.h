@@ -30,5 +30,6 @@ void pykvm_bench_gone(uint64_t run_size, uint64_t memory, const uint64_t *handle
 int pykvm_bench_traced(void);
 int pykvm_bench_trace(int pid);
 int64_t pykvm_bench_steps(int pid, uint32_t runs, uint64_t *at, uint32_t room);
+int64_t pykvm_bench_copy(uint64_t source, uint64_t size, uint32_t piece);
 
 #endif

@@ -155,9 +155,14 @@ class GuestCrash(PykvmError):
 
 
 class MigrationError(PykvmError):
-    """A live migration failed before it was committed: the guest goes on at its source, and nowhere else."""
+    """A live migration failed before it was committed: the guest goes on at its source, and nowhere else. With ``uncertain`` it was
+    committed and no answer came: it runs at the destination or nowhere, and is paused at its source."""
 
     exit_status = 75
+
+    def __init__(self, why: str, *, uncertain: bool = False) -> None:
+        super().__init__(why)
+        self.uncertain = uncertain
 
 
 class HostError(PykvmError):

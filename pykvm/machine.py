@@ -156,6 +156,7 @@ class Machine(Closes):
     ) -> None:
         """All of a machine, in the order in which KVM wants it; ``origin`` brings its first state (start.py)."""
         self._closed = False
+        self.moved_to: str | None = None  # after a migration
         self._stats: Stats | None = None
         self._ledger: Ledger | None = None
         self.services: Services | None = None
@@ -450,6 +451,7 @@ class Machine(Closes):
             raise ConfigError(f"a time limit of {timeout} seconds: give a positive number, or None for no limit")
         if self._closed:
             raise ConfigError("the machine is closed")
+        self._check_here()
         if self._ledger is not None:
             self._ledger.begin_run()
         self._turn_clock(running=True)
@@ -483,8 +485,18 @@ class Machine(Closes):
 
     def resume(self) -> None:
         """Go on after pause()."""
+        self._check_here()
         self._turn_clock(paused=False)
         self.group.resume()
+
+    def leave(self, to: str) -> None:
+        """The guest goes on somewhere else, at ``to``: the run ends as "migrated", and this copy never runs again."""
+        self.moved_to = to
+        self.stop("migrated")
+
+    def _check_here(self) -> None:
+        if self.moved_to is not None:
+            raise ConfigError(f"the guest has moved to {self.moved_to}: this copy must not run")
 
     def _turn_clock(self, *, running: bool | None = None, paused: bool | None = None) -> None:
         """kvmclock goes while a run is in progress that is not paused, and stands still else."""

@@ -350,6 +350,11 @@ class GuestMemory(Closes):
         for _, slot, offset, size in self._views.copy().values():
             self._written(slot, offset, size)
 
+    @property
+    def viewed(self) -> int:
+        """Bytes that numpy views which are alive may write."""
+        return sum(size for _, _, _, size in self._views.copy().values())
+
     def _written(self, slot: MemSlot, offset: int, size: int) -> None:
         log = self._log
         if log is not None:

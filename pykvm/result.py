@@ -16,7 +16,8 @@ __all__ = ["Result"]
 class Result:
     """What a run gave.
 
-    ``reason``: "halted" (HLT), "exit" (debug exit), "reset", "power-off", "stopped" (stop() was called) or "timeout".
+    ``reason``: "halted" (HLT), "exit" (debug exit), "reset", "power-off", "stopped" (stop() was called), "timeout" or
+    "migrated" (it goes on on another host).
     ``exit_code``: the debug exit's value, 0 when the guest halted or powered off, else None.
     ``console``: what the guest has printed so far. ``debug_port``: what its firmware has logged.
     ``exits``: exits by reason since the machine was made.

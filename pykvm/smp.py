@@ -201,6 +201,11 @@ class VcpuGroup:
             self._gate.set(False)
 
     @property
+    def running(self) -> bool:
+        """Whether a run is in progress, paused or not."""
+        return any(runner.vcpu.native.tid for runner in self.runners)
+
+    @property
     def waiting(self) -> bool:
         """Whether a run is in progress and all its vCPUs wait, after pause()."""
         return self._gate is not None and self._gate.waiting == len(self.runners)

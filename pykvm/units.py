@@ -31,6 +31,18 @@ def parse_size(text: str | int) -> int:
     return int(size)
 
 
+def parse_duration(text: str) -> float:
+    """Seconds: ``"10ms"``, ``"0.5s"``, ``"2"``. Raises ConfigError."""
+    number, unit = (text[:-2], 1e-3) if text.endswith("ms") else (text.removesuffix("s"), 1.0)
+    try:
+        value = float(number) * unit
+    except ValueError:
+        raise ConfigError(f"{text!r} is not a time: write it as 10ms or 0.5s") from None
+    if not 0 < value < 1e9:
+        raise ConfigError(f"{text} is out of range: give a positive time, such as 10ms")
+    return value
+
+
 def parse_address(text: str | int) -> int:
     """A guest physical address, ``"0x7c00"`` or decimal. Raises ConfigError."""
     if isinstance(text, int):

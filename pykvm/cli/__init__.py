@@ -1,7 +1,8 @@
 """The command ``pykvm``: finds the subcommand, runs it, and turns exceptions into one line on stderr and an exit status.
 
-Exit statuses: 64 usage; 65 bad image; 69 no usable KVM; 70 the guest crashed; 74 the output cannot be written; 124 time limit;
-130 Ctrl-C; 141 nobody reads the output; `pykvm run` itself adds 0 and 1-63 (cli/run.py). Of hosts: 69 something is missing; 70 it failed.
+Exit statuses: 64 usage; 65 bad image; 69 no usable KVM; 70 the guest crashed; 74 the output cannot be written; 75 a migration did not take
+place; 124 time limit; 130 Ctrl-C; 141 nobody reads the output; `pykvm run` itself adds 0 and 1-63 (cli/run.py). Of hosts: 69 something is
+missing; 70 it failed.
 Parsing is in cli/options.py; each command is one module, imported when it is called.
 """
 
@@ -35,6 +36,9 @@ COMMANDS = {
     "cpu": "CPU models: what this host can give of each, and what KVM makes of it",
     "bench": "measure exits beside a plain C loop",
     "gdb": "run a guest under gdb: breakpoints, steps, memory, one thread a vCPU",
+    "migrate": "move a running guest to another process, while it runs",
+    "receive": "wait for a guest that migrates here, and run it",
+    "control": "ask or tell a machine that runs with --control: status, pause, resume, snapshot, quit",
     "host": "run a command inside an emulated VT-x or AMD-V host",
 }
 _STATUS: list[tuple[type[PykvmError], int]] = [

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from pykvm.machine import Machine
     from pykvm.records import StatRow
     from pykvm.result import Result
+    from pykvm.state.remote import ControlServer
 
 GDB_PORT = "127.0.0.1:1234"
 RUN_OPTIONS = [
@@ -31,6 +32,7 @@ RUN_OPTIONS = [
         None,
         number,
     ),
+    Option("--control", "answer at this socket while the guest runs: pykvm control, and pykvm migrate", "unix:PATH"),
     Option("--stats", "a table of the exits: count, total and median time"),
     Option("--ledger", "record every exit in FILE.npy, which pykvm ledger shows and numpy.load reads", "FILE.npy"),
     Option("--ledger-exits", "how many exits of each vCPU the ledger has room for", "N", 1 << 20, whole),
@@ -95,7 +97,8 @@ def finish(machine: Machine, o: dict[str, Any], output: Output) -> int:
         interrupted = False
         limit = o["timeout"] or (None if o["gdb"] else DEFAULT_LIMIT)
         try:
-            result = _ran(machine, o, limit)
+            with _control(machine, o["control"]):
+                result = _ran(machine, o, limit)
         except GuestCrash as error:
             if error.result is None:
                 raise
@@ -142,6 +145,25 @@ def check_ledger(o: dict[str, Any]) -> None:
     special = os.path.exists(path) and not os.path.isfile(path)  # such as /dev/null; a file is replaced, which its folder must allow
     if os.path.isdir(path) or not os.access(path if special else os.path.dirname(path) or ".", os.W_OK):
         raise ConfigError(f"--ledger {path}: it cannot be written there")
+
+
+def _control(machine: Machine, where: str | None) -> ControlServer | _Nothing:
+    if where is None:
+        return _Nothing()
+    from pykvm.state.remote import ControlServer
+    from pykvm.unixsocket import path_of
+
+    return ControlServer(machine, path_of(where, "--control"), say=lambda text: say(f"pykvm: {text}"))
+
+
+class _Nothing:
+    """No control socket. (contextlib would be one more import for each start.)"""
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, *_: object) -> None:
+        pass
 
 
 def check_gdb(o: dict[str, Any]) -> None:
@@ -206,6 +228,10 @@ def _report(machine: Machine, result: Result, status: int, timeout: float | None
         say("pykvm: the guest reset itself")
     elif result.reason == "killed":
         say("pykvm: killed by gdb")
+    elif result.reason == "migrated":
+        say(f"pykvm: the guest has moved to {machine.moved_to}, and goes on there")
+    elif result.reason == "quit":
+        say("pykvm: ended from the control socket")
     elif status == 63 and (result.exit_code or 0) > 63:
         say(f"pykvm: debug exit code {result.exit_code} ({result.exit_code:#x})")
 

@@ -40,6 +40,10 @@ TICK = 0.1  # seconds; a wait looks this often whether it should go on
 _PIECE = 1 << 20
 
 
+class _Refusal(MigrationError):
+    """The other side's own words."""
+
+
 class Frame:
     """The beginning of a frame: its kind and its head. The body, of ``size`` bytes, is still in the socket: Stream.body_into()."""
 
@@ -90,6 +94,7 @@ class Stream:
             except BlockingIOError:
                 n = 0
             except OSError as why:
+                self._hear_why()
                 raise MigrationError(f"the connection broke while {NAMES[kind]} was sent: {why.strerror or why}") from None
             self.sent += n
             while n:
@@ -100,6 +105,17 @@ class Stream:
                     del pieces[0]
             if pieces:
                 self._wait(deadline, f"takes no more of {NAMES[kind]}")
+
+    def _hear_why(self) -> None:
+        """A peer that hangs up has said why before: raise that, if it is there."""
+        self.check, self.patience = lambda: None, min(self.patience, 0.5)
+        try:
+            while True:
+                self.receive(WELCOME, ROUND_DONE, READY, RUNNING)
+        except _Refusal:
+            raise
+        except MigrationError:
+            pass
 
     def send_fields(self, kind: int, **fields: Any) -> None:
         """One frame whose head is JSON."""
@@ -114,6 +130,7 @@ class Stream:
             n = self.socket.send(data)
         except OSError:
             return False
+        self.sent += n
         return True if n == len(data) else None if n else False
 
     def _header(self, kind: int, head: Buffer = b"", body: Buffer = b"") -> bytes:
@@ -154,7 +171,7 @@ class Stream:
         if kind in (REFUSE, ABORT):
             why = frame.fields().get("why")
             said = " ".join(why.split())[:2000] if isinstance(why, str) else "it says no reason"
-            raise MigrationError(f"the other side {'refuses' if kind == REFUSE else 'gives up'}: {said}")
+            raise _Refusal(f"the other side {'refuses' if kind == REFUSE else 'gives up'}: {said}")
         if kind not in kinds:
             raise MigrationError(f"{NAMES[kind]} arrived where {' or '.join(NAMES[k] for k in kinds)} was due")
         return frame
