@@ -8,6 +8,7 @@ from time import monotonic
 from pykvm.cli import say
 from pykvm.cli.options import Command, Option, number, whole
 from pykvm.errors import ConfigError
+from pykvm.units import MIB, parse_size
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -17,14 +18,23 @@ if TYPE_CHECKING:
     from pykvm.bench.paired import Estimate
     from pykvm.bench.start import Comparison
 
+
+def _guest_size(text: str) -> int:
+    size = parse_size(text)
+    if size < 16 * MIB:
+        raise ConfigError(f"{text} is too small: a guest that migrates has at least 16M here")
+    return size
+
+
 COMMAND = Command(
     "bench",
-    "exits|steps|irq|loop|start|debug|mmu|compare A B|table A|plot A FILE",
+    "exits|steps|irq|loop|start|state|debug|mmu|compare A B|table A|plot A FILE",
     "exits: what each kind of exit costs, through plain C, the native loop and the Python loop, and by the guest's own clock.\n"
     "steps: which instructions of user space lie between two KVM_RUNs, by part and by function; single-stepped, through each loop.\n"
     "irq: from the host's KVM_IRQ_LINE to the guest's handler and back, beside the same ioctls in C.\n"
     "loop: what one vCPU does in a second, and how many times as much several do, each on a host CPU of its own.\n"
     "start: from nothing to a guest's first exit and gone again, beside C; many VMs at once, and what memory each takes.\n"
+    "state: live migration to another process, beside a C copy of the same bytes, and how long a guest stands still.\n"
     "debug: what a trace costs an exit, what a single step costs beside a bare C loop of them, and the walk of an address.\n"
     "mmu: page walks, page tables and EPT; pykvm bench mmu --help tells more.\n"
     "compare: judges two files of bench exits --json; status 1 when the second is slower anywhere.\n"
@@ -33,11 +43,12 @@ COMMAND = Command(
     "Medians with 95 % intervals; differences are taken within a round, so a noisy machine widens intervals, not results.\n"
     "Ctrl-C ends it with status 130, after printing what was measured until then.",
     [
-        Option("--rounds", "rounds to measure; bench exits 48, others 40", "N", convert=whole),
+        Option("--rounds", "rounds to measure; bench exits 48, bench state 8, others 40", "N", convert=whole),
         Option("--batch", "exits (steps) a round and loop; bench exits 250, bench irq 500, bench debug 1000", "N", convert=whole),
         Option("--cpus", "vCPUs, at most (bench loop); as many as there are CPUs", "N", convert=whole),
         Option("--kind", "only this kind of exit, or those that begin so; may be repeated (bench exits, bench steps)", "KIND", many=True),
         Option("--vms", "VMs at once, at most (bench start)", "N", 1000, whole),
+        Option("--size", "memory of the guest that migrates (bench state)", "SIZE", 1 << 30, _guest_size),
         Option("--least", "the smallest difference that counts, in percent (bench compare)", "PERCENT", 3.0, number),
         Option("--json", "JSON instead of tables"),
         Option("--plot", "draw the results: .svg, .png or .pdf (bench exits; needs matplotlib)", "FILE"),
@@ -64,9 +75,9 @@ def main(argv: list[str]) -> int:
 
         return bench_mmu.main(argv[1:])
     (what, *files), o = COMMAND.parse(argv, 1, 3)
-    if what not in ("exits", "steps", "irq", "loop", "start", "debug", *_FILES):
+    if what not in ("exits", "steps", "irq", "loop", "start", "state", "debug", *_FILES):
         raise ConfigError(
-            f"no benchmark is called {what!r}: use exits, steps, irq, loop, start, debug, mmu, compare A B, table A or plot A FILE"
+            f"no benchmark is called {what!r}: use exits, steps, irq, loop, start, state, debug, mmu, compare A B, table A or plot A FILE"
         )
     wanted = _FILES.get(what, ())
     if len(files) != len(wanted):
@@ -86,6 +97,8 @@ def main(argv: list[str]) -> int:
             return _debug(o["batch"] or 1000, o["rounds"] or 40, o["json"])
         case "start":
             return _start(o["rounds"] or 40, o["vms"], o["json"])
+        case "state":
+            return _state(o["size"], o["rounds"] or 8, o["json"])
         case "table":
             return _table(files[0])
         case "plot":
@@ -346,6 +359,24 @@ def _start(rounds: int, vms: int, json: bool) -> int:
         if crowds:
             print("\nmany VMs alive at once, 1 MiB of RAM each, run to their first exit")
             print("\n".join(f"  {crowd}" for crowd in crowds))
+    return _status(interrupted)
+
+
+def _state(size: int, rounds: int, json: bool) -> int:
+    from pykvm.bench.migration import bench_migration
+    from pykvm.bench.paired import Interrupted
+
+    interrupted = False
+    try:
+        row = bench_migration(size, rounds, _progress("bench state, migration"))
+    except Interrupted as interrupt:
+        row, interrupted = interrupt.measured, True
+    finally:
+        _end_progress()
+    if json:
+        _print_json("state", migration=row.as_dict())
+    else:
+        print(row)
     return _status(interrupted)
 
 
