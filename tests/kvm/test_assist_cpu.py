@@ -91,6 +91,26 @@ def test_cmpxchg16b(rows):
     assert counts == ({"cmpxchg16b": 15} if probe.cpl0_emulated() else {})
 
 
+def test_cmpxchg16b_of_two_vcpus():
+    """A 128-bit counter that both add to, by LOCK CMPXCHG16B: no addition is lost, and its halves never disagree."""
+    times = 60
+    code = f"""mov esi, 0x140000; mov edi, {times}
+        again: mov rax, [rsi]; mov rdx, [rsi + 8]
+        retry: lea rbx, [rax + 1]; lea rcx, [rdx + 1]; lock cmpxchg16b [rsi]; jnz retry; cmp rax, rdx; jne bad; dec edi; jnz again
+        lock inc dword ptr [rsi + 16]; wait_: pause; cmp dword ptr [rsi + 16], 2; jne wait_; mov al, 0; out 0xf4, al
+        bad: mov al, 1; out 0xf4, al; hlt"""
+    with Machine(pykvm.asm(code, org=0x100000), mode="long", memory="2M", cpus=2) as machine:
+        first, second = machine.vcpus
+        second.set_sregs(first.get_sregs())
+        second.set_regs(first.get_regs())
+        second.set_mp_state(0)  # runnable, without INIT and SIPI
+        result = machine.run(TIMEOUT)
+        counter = machine.memory.read(0x140000, 16)
+    assert result.exit_code == 0
+    assert counter == (2 * times).to_bytes(8, "little") * 2
+    assert (result.assisted.get("cmpxchg16b", 0) >= 2 * times) == probe.cpl0_emulated()
+
+
 def test_sse_operands_in_mmio():
     """On every host: KVM's emulator knows some SSE moves, and no arithmetic."""
     seen = []
