@@ -276,6 +276,23 @@ def test_faults(name, vector, error, before, insn):
         assert sregs.cr2 == (0x340000 if error == 3 else 0x8000000000)
 
 
+def test_a_page_comes_in_two_faults():
+    """Not present, then read-only: the same instruction faults twice in a row, and is done the third time."""
+    code = (
+        f"{gate(14, TRAP, 64)} lidt [idtr]; mov esp, 0x170000; xor edi, edi; mov qword ptr [0xb008], 0; mov rcx, cr3; mov cr3, rcx;"
+        "mov eax, 0x12345678; movd xmm0, eax; mov ebx, 0x340000; movd [rbx], xmm0; mov eax, [0x140000]; mov ecx, edi; mov al, 0;"
+        "out 0xf4, al; hlt;"
+    )
+    handler = (
+        "handler: inc edi; pop rdx; mov ecx, 0x81; cmp edx, 2; je 1f; mov ecx, 0x83; 1: mov [0xb008], rcx; mov rcx, cr3; mov cr3, rcx;"
+        "iretq; idtr: .word 0xfff; .quad 0x180000"
+    )
+    with Machine(pykvm.asm(code + handler, org=0x100000), mode="long", memory="2M") as machine:
+        assert machine.run(TIMEOUT).exit_code == 0
+        assert machine.memory.read_u32(0x140000) == 0x12345678
+        assert machine.vcpu.get_regs().rcx == 2
+
+
 def alignment_is_checked():
     """Whether MOVAPS raises #GP for an address that is not aligned, as all CPUs do and QEMU's TCG does not."""
     return not has("mov ebx, 0x140001; paddd xmm0, [rbx]")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pykvm.abi import lib
 from pykvm.errors import KvmError
 from pykvm.x86.assist.compute import compute, is_computing
-from pykvm.x86.assist.cpu import Cpu, Declined, Fault
+from pykvm.x86.assist.cpu import UD, Cpu, Declined, Fault
 from pykvm.x86.assist.relocate import Encoding
 from pykvm.x86.assist.scratch import CODE, DATA, Scratch
 from pykvm.x86.operation import Operation, engine_for
@@ -54,7 +54,6 @@ class Assist:
         self._instructions = _table()
         self._engines: dict[int, Any] = {}
         self._decoded: dict[tuple[int, bytes], Operation] = {}  # bits and bytes -> what they are
-        self._last: dict[int, tuple[int, int]] = {}  # vCPU -> (RIP, number of exits) where it was last left with a fault
 
     def finish(self, vcpu: VCPU, error: InternalError) -> bool:
         """Carry out the instruction that ``error`` is about; False, with the reason in ``declined``, when it is not to be done here."""
@@ -81,7 +80,7 @@ class Assist:
         op = self._decode(view, error.insn)
         do = self._instructions.get(op.mnemonic) or self._computing(op)
         events = vcpu.get_vcpu_events()
-        if events.interrupt.injected or (events.exception.injected and events.exception.nr != 6):
+        if events.interrupt.injected or (events.exception.injected and events.exception.nr != UD):  # #UD: KVM's own, for this failure
             raise Declined("it was not about the instruction: an exception or interrupt was on its way through the IDT")
         cpu = Cpu(view, op, self.scratch, self.bus)
         trapped = bool(view.regs.rflags & RFLAGS.TF)
@@ -133,11 +132,6 @@ class Assist:
 
     def _raise(self, vcpu: VCPU, view: CpuView, fault: Fault) -> None:
         """Have KVM inject it: RIP stays at the instruction (SDM vol. 3 section 6.5)."""
-        here = (view.rip, sum(vcpu.native.counts))
-        before = self._last.get(vcpu.id)
-        if before is not None and before[0] == here[0] and here[1] - before[1] <= 1:
-            raise Declined(f"it raises exception {fault.vector}, and KVM cannot deliver that")
-        self._last[vcpu.id] = here
         if fault.cr2 is not None:
             view.sregs.cr2 = fault.cr2
             vcpu.set_sregs(view.sregs)
