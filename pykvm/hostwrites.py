@@ -26,8 +26,12 @@ class HostWrites:
     def __init__(self, slots: tuple[MemSlot, ...]) -> None:
         self._marks = {slot: bytearray(slot.size // PAGE_SIZE) for slot in slots}
 
+    def add(self, slot: MemSlot) -> None:
+        """A slot that has come since."""
+        self._marks[slot] = bytearray(slot.size // PAGE_SIZE)
+
     def mark(self, slot: MemSlot, offset: int, size: int) -> None:
-        """``size`` bytes from ``offset`` of the slot have been written. A slot that came after the log began is not in it."""
+        """``size`` bytes from ``offset`` of the slot have been written. A slot that nobody has add()ed is not in the log."""
         marks = self._marks.get(slot)
         if marks is not None and size:
             first, last = offset // PAGE_SIZE, (offset + size - 1) // PAGE_SIZE

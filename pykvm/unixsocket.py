@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import socket
+from struct import pack
 
 from pykvm.errors import ConfigError
 
@@ -25,11 +26,13 @@ def path_of(where: str, option: str = "") -> str:
 
 
 def connect(path: str, timeout: float = 5.0) -> socket.socket:
-    """A socket that is connected to who listens at ``path``. Raises OSError."""
+    """A blocking socket that is connected to who listens at ``path``. Raises OSError, also when nobody has accepted in ``timeout``."""
     connected = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
-        connected.settimeout(timeout)
+        # Blocking: without, a listener that is merely busy would be EAGAIN at once.
+        connected.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, pack("@ll", int(timeout), int(timeout % 1 * 1e6)))
         connected.connect(path)
+        connected.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, pack("@ll", 0, 0))
     except BaseException:
         connected.close()
         raise

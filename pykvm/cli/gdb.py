@@ -35,8 +35,8 @@ COMMAND = Command(
 def main(argv: list[str]) -> int:
     """Serve it; returns the exit status."""
     image, _, o = parse_guest(COMMAND, argv)
-    run.check_ledger(o)
     o["gdb"] = o["listen"]
+    run.check(o)
     output = Output()
     return run.finish(open_machine(image, o, **run.options_of(o, output)), o, output)
 

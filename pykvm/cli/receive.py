@@ -8,7 +8,7 @@ from __future__ import annotations
 from pykvm.cli import say
 from pykvm.cli.guest import Output
 from pykvm.cli.options import Command, Option, number
-from pykvm.cli.run import RUN_OPTIONS, check_ledger, finish, options_of
+from pykvm.cli.run import RUN_OPTIONS, check, finish, options_of
 from pykvm.errors import ConfigError
 
 COMMAND = Command(
@@ -32,7 +32,7 @@ COMMAND = Command(
 def main(argv: list[str]) -> int:
     """Receive and run it; returns the exit status."""
     (where,), o = COMMAND.parse(argv, 1, 1)
-    check_ledger(o)
+    check(o)
     from pykvm.errors import MigrationError
     from pykvm.state.receive import Incoming
     from pykvm.unixsocket import UnixListener, path_of

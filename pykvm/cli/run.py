@@ -71,8 +71,7 @@ COMMAND = Command(
 def main(argv: list[str]) -> int:
     """Run it; returns the exit status."""
     image, _, o = parse_guest(COMMAND, argv)
-    check_ledger(o)
-    check_gdb(o)
+    check(o)
     output = Output()
     return finish(open_machine(image, o, **options_of(o, output)), o, output)
 
@@ -135,7 +134,16 @@ def _log(data: bytes) -> None:
         pass
 
 
-def check_ledger(o: dict[str, Any]) -> None:
+def check(o: dict[str, Any]) -> None:
+    """What is wrong with the values of RUN_OPTIONS is said before there is a machine."""
+    _check_ledger(o)
+    if not o["gdb"] and (o["wait"] or o["remote"]):
+        raise ConfigError(f"{'--wait' if o['wait'] else '--remote'} is about gdb: give --gdb too")
+    if o["gdb"] and o["control"]:
+        raise ConfigError("--gdb and --control: choose one; a guest that moves would take gdb's breakpoints along")
+
+
+def _check_ledger(o: dict[str, Any]) -> None:
     """Where the ledger cannot be written is said before the guest runs, not after."""
     path = o["ledger"]
     if path is None:
@@ -164,12 +172,6 @@ class _Nothing:
 
     def __exit__(self, *_: object) -> None:
         pass
-
-
-def check_gdb(o: dict[str, Any]) -> None:
-    """Options that mean nothing without --gdb."""
-    if not o["gdb"] and (o["wait"] or o["remote"]):
-        raise ConfigError(f"{'--wait' if o['wait'] else '--remote'} is about gdb: give --gdb too")
 
 
 def _ran(machine: Machine, o: dict[str, Any], limit: float | None) -> Result:

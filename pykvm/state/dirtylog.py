@@ -8,12 +8,12 @@ switching the log on does not stop the guest.
 from __future__ import annotations
 
 from pykvm.abi import lib
-from pykvm.errors import KvmError
+from pykvm.errors import ConfigError, KvmError
 from pykvm.units import PAGE_SIZE
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
     from typing import Any
 
     import numpy as np
@@ -32,8 +32,8 @@ CHUNK_PAGES = 1 << 14  # 64 MiB: so much is made clean at once
 class DirtyLog:
     """A context manager; while it is open, every write is noted. At the start every page counts as dirty.
 
-    ``dirty`` has a bitmap for each slot: pages are dirty until chunks() has given them out. One at a time for each VM: KVM keeps one log.
-    Raises KvmError where KVM refuses.
+    ``dirty`` has a bitmap for each slot: pages are dirty until chunks() has given them out. Slots may come, go and move meanwhile: all of a
+    new one is dirty. One at a time for each VM: KVM keeps one log. Raises KvmError where KVM refuses.
     """
 
     def __init__(self, vm: VM, memory: GuestMemory) -> None:
@@ -92,30 +92,52 @@ class DirtyLog:
         import numpy as np
 
         assert self._host is not None
+        self._follow_slots(self._host)
         self.memory.mark_views()
         for slot, bitmap in self.dirty.items():
             seen = np.zeros_like(bitmap)
-            self.vm.get_dirty_log(slot, seen)
+            if not self._ask(self.vm.get_dirty_log, slot, seen):
+                continue
             bitmap |= seen
             written = self._host.take(slot)
             if written is not None and len(written):
                 np.bitwise_or.at(bitmap, written // 64, np.left_shift(np.uint64(1), (written % 64).astype(np.uint64)))
         return sum(count_pages(bitmap) for bitmap in self.dirty.values())
 
+    def _follow_slots(self, host: HostWrites) -> None:
+        slots = self.memory.slots
+        for slot in [slot for slot in self.dirty if slot not in slots]:
+            del self.dirty[slot]
+            slot.release()
+        for slot in slots:
+            if slot not in self.dirty and slot in self.vm.handle.slots.values():
+                host.add(slot)
+                self._begin(slot)
+
+    def _ask(self, ioctl: Callable[..., None], slot: MemSlot, *arguments: Any) -> bool:
+        """False: the slot has just gone, which the next look() sees. (Who moves a slot may do so in a vCPU's own thread.)"""
+        try:
+            ioctl(slot, *arguments)
+        except (KvmError, ConfigError):
+            if slot in self.memory.slots and slot in self.vm.handle.slots.values():
+                raise
+            return False
+        return True
+
     def chunks(self) -> Iterator[tuple[MemSlot, Bitmap, int, int]]:
         """The dirty pages, as (slot, bitmap, first, end): those of ``bitmap`` between the two are for the caller to read now.
 
         They count as clean from this moment on, so that what is written while they are read is found by the next look().
         """
-        for slot, bitmap in self.dirty.items():
+        for slot, bitmap in list(self.dirty.items()):
             pages = slot.size // PAGE_SIZE
             for first in range(0, pages, CHUNK_PAGES):
                 end = min(first + CHUNK_PAGES, pages)
                 words = bitmap[first // 64 : -(-end // 64)]
                 if not words.any():
                     continue
-                if self.manual:
-                    self.vm.clear_dirty_log(slot, words, first, end - first)
+                if self.manual and not self._ask(self.vm.clear_dirty_log, slot, words, first, end - first):
+                    continue
                 yield slot, bitmap, first, end
                 words[:] = 0
 

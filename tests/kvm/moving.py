@@ -8,12 +8,14 @@ import pykvm
 from pykvm.errors import MigrationError
 from pykvm.state.migrate import Migration
 from pykvm.state.receive import Incoming
-from tests.conftest import TIMEOUT
+from tests.conftest import TIME_SCALE, TIMEOUT
 
+PATIENCE = 10 * TIME_SCALE  # seconds for a frame
 PASSES = 40
 CONSOLE = "".join(chr(ord("a") + n % 26) for n in range(1, PASSES + 1))
 COUNTER = 0x200000  # gpa of the first of the pages that the guest writes all the time
 GUEST = f"""
+        sti                         # interrupts on: see probe.interruptible_with_if_clear()
         xor r8d, r8d                # passes through the turnstile
         xor r9d, r9d                # a checksum of them
         xor r10d, r10d              # rounds, with those that wait
@@ -110,7 +112,7 @@ class Running:
 class Receiving:
     """The destination, in a thread: ``machine`` and ``running``, or ``error``."""
 
-    def __init__(self, sock, *, most=PASSES, run=True, patience=5.0, prepare=None, **options):
+    def __init__(self, sock, *, most=PASSES, run=True, patience=PATIENCE, prepare=None, **options):
         self.machine = self.running = self.error = None
         self._run = run
         prepare = prepare or (lambda machine: machine.add_device(Turnstile(most), port=0x50))
@@ -201,5 +203,5 @@ def goes_on(machine):
     return True
 
 
-def move(machine, sock, to="there", **options):
-    return Migration(machine, sock, to, **options).run()
+def move(machine, sock, to="there", patience=PATIENCE, **options):
+    return Migration(machine, sock, to, patience=patience, **options).run()

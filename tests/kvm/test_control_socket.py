@@ -14,6 +14,8 @@ from pykvm.state.remote import LONGEST_LINE, MOST_CLIENTS, ControlClient, Contro
 from tests.conftest import TIMEOUT
 from tests.kvm.moving import CONSOLE, PASSES, Receiving, Running, exit_code, goes_on, until, walker
 
+pytestmark = pytest.mark.slow
+
 
 class Served:
     """A guest that runs, and its control socket."""

@@ -73,6 +73,28 @@ def restart(machine):
     machine.vcpu.set_regs(regs)
 
 
+def test_slots_that_come_go_and_move(machine):
+    with DirtyLog(machine.vm, machine.memory) as log:
+        drain(log)
+        assert log.look() == 0
+        machine.move_slot(machine.memory.slots[0])
+        assert log.look() == 4096  # other host memory, of which nothing is known
+        drain(log)
+        machine.run(timeout=5)
+        restart(machine)
+        machine.memory.write(0x300000, b"x")
+        assert drain(log) == sorted([*GUESTS, 0x300])
+        slot = machine.add_memory(0x10000000, 0x3000)
+        assert log.look() == 3
+        assert drain(log) == [0x10000, 0x10001, 0x10002]
+        machine.memory.write(0x10001000, b"x")
+        assert drain(log) == [0x10001]
+        machine.memory.write(0x10001000, b"x")
+        machine.vm.remove_slot(slot)
+        machine.memory.remove(slot)
+        assert log.look() == 0
+
+
 def test_it_needs_its_slots(machine):
     slot = machine.memory.slots[0]
     with pytest.raises(pykvm.ConfigError, match="none of this VM's"):

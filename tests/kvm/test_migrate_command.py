@@ -11,6 +11,7 @@ import pytest
 from tests.conftest import TIMEOUT
 from tests.kvm.moving import until
 
+pytestmark = pytest.mark.slow
 PYKVM = [sys.executable, "-m", "pykvm"]
 
 
@@ -161,6 +162,9 @@ def test_control(echo):
         (["receive", "/somewhere"], "give unix:PATH"),
         (["receive", "unix:/no/such/directory"], "No such file or directory"),
         (["receive", "unix:" + "x" * 200], "at most 107 bytes"),
+        (["run", "hello", "--control", "unix:/tmp/x", "--gdb"], "--gdb and --control: choose one"),
+        (["gdb", "hello", "--control", "unix:/tmp/x"], "--gdb and --control: choose one"),
+        (["receive", "unix:/tmp/x", "--wait"], "--wait is about gdb"),
         (["run", "hello", "--control", "/tmp/x"], "--control '/tmp/x': give unix:PATH"),
         (["run", "hello", "--control", "unix:/no/such/directory"], "No such file or directory"),
     ],

@@ -13,8 +13,14 @@ from pykvm.state import stream as wire
 from pykvm.state.compat import Host
 from pykvm.state.migrate import Migration
 from pykvm.state.stream import Stream
-from tests.conftest import TIMEOUT
-from tests.kvm.moving import CONSOLE, PASSES, Link, Receiving, Running, Turnstile, exit_code, goes_on, move, until, walker
+from tests.conftest import TIME_SCALE, TIMEOUT
+from tests.kvm.moving import CONSOLE, PASSES, PATIENCE, Link, Receiving, Running, Turnstile, exit_code, goes_on, move, until, walker
+
+
+@pytest.fixture(autouse=True)
+def as_slow_as_the_host(monkeypatch):
+    """A destination in an emulated host takes its time."""
+    monkeypatch.setattr(source, "STANDING", source.STANDING * TIME_SCALE)
 
 
 @pytest.fixture
@@ -28,6 +34,24 @@ def machine():
         if machine.group.paused and machine.moved_to is None:
             machine.resume()
         running.thread.join(TIMEOUT)
+
+
+@pytest.mark.slow
+def test_two_guests_move_at_once():
+    """Each to a place of its own; and back to one process, where both end."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    with walker(PASSES // 2) as one, walker(PASSES // 2) as other, ThreadPoolExecutor() as pool:
+        machines, running = (one, other), [Running(one), Running(other)]
+        pairs = [socket.socketpair() for _ in machines]
+        theirs = [Receiving(b) for _, b in pairs]
+        reports = list(pool.map(move, machines, [a for a, _ in pairs]))
+        assert all(report["rounds"] for report in reports)
+        for there, run in zip(theirs, running, strict=True):
+            assert run.end().reason == "migrated"
+            result = there.wait().running.end()
+            assert (result.console, result.exit_code) == (CONSOLE, exit_code())
+            there.close()
 
 
 def test_it_is_the_guest_that_it_should_be():
@@ -98,6 +122,7 @@ def test_gallery_guests_move_at_a_random_moment(name, system):
     pytest.fail("the guest was faster than twenty moves")
 
 
+@pytest.mark.slow
 def test_there_and_back_again(machine):
     """From one machine to the next, five times; the last one ends."""
     machines = [machine]
@@ -116,6 +141,7 @@ def test_there_and_back_again(machine):
         moved.close()
 
 
+@pytest.mark.slow
 def test_what_the_host_writes_moves_too(machine):
     """While rounds are on their way, through write() and through a view."""
     view = machine.memory.view(0x300000, 8)
@@ -137,6 +163,7 @@ def test_what_the_host_writes_moves_too(machine):
     there.close()
 
 
+@pytest.mark.slow
 def test_a_guest_that_writes_too_fast_is_slowed(machine, monkeypatch):
     """A slow link: rounds do not get shorter until the guest is held back."""
     monkeypatch.setattr(source, "FEW_PAGES", 0)
@@ -158,6 +185,7 @@ def test_a_guest_that_writes_too_fast_is_slowed(machine, monkeypatch):
     there.close()
 
 
+@pytest.mark.slow
 def test_a_round_limit(machine, monkeypatch):
     monkeypatch.setattr(source, "FEW_PAGES", -1)
     monkeypatch.setattr(source, "MOST_ROUNDS", 3)
@@ -182,7 +210,7 @@ class Attempt:
         link = Link(**{direction: offset})
         self.direction, self.offset = direction, offset
         self.there = there = Receiving(link.destination, most=PASSES // 2)
-        migration = Migration(machine, link.source, "there", patience=5.0)
+        migration = Migration(machine, link.source, "there", patience=PATIENCE)
         try:
             migration.run()
             self.outcome = "done"
@@ -253,6 +281,7 @@ def cut_everywhere(forward, backward):
     return [attempt.outcome for attempt in attempts]
 
 
+@pytest.mark.slow
 def test_the_wire_is_cut(machine):
     total, _ = measured(machine)
     rng = random.Random(7)
@@ -325,6 +354,7 @@ class FakeDestination:
             pass
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("until_kind", "why"),
     [(wire.WELCOME, "sends no WELCOME"), (wire.ROUND, "sends no ROUND_DONE"), (wire.READY, "sends no READY")],
@@ -339,6 +369,7 @@ def test_a_destination_that_stalls(machine, monkeypatch, until_kind, why):
     fake.stream.close()
 
 
+@pytest.mark.slow
 def test_a_destination_that_reads_nothing(machine):
     a, b = socket.socketpair()
     b.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1)
@@ -360,6 +391,7 @@ def test_a_source_that_stalls():
     stream.close()
 
 
+@pytest.mark.slow
 def test_another_version(machine, monkeypatch):
     a, b = socket.socketpair()
     there = Receiving(b)
@@ -404,6 +436,7 @@ def test_a_guest_that_the_destination_cannot_run(machine, poor):
     assert "sse2" in str(there.wait().error)
 
 
+@pytest.mark.slow
 def test_cancel_at_any_moment(machine):
     for phase in ("copying", "stopped"):
         a, b = socket.socketpair()
@@ -433,6 +466,7 @@ def test_a_machine_that_does_not_run():
         assert there.wait().error is not None
 
 
+@pytest.mark.slow
 def test_a_guest_that_ends_first(machine, monkeypatch):
     a, b = socket.socketpair()
     there = Receiving(b)

@@ -397,3 +397,51 @@ def test_who_waits_in_a_device_holds_up_no_other_machine():
             until(lambda: not other.thread.is_alive())
         assert waited == [True] and counts.count == 300
         assert other.result.reason == "exit"
+
+
+# --- held back ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def counting():
+    """A guest that counts at 0x8000, in a thread; (machine, thread)."""
+    code = pykvm.asm("sti; 1: inc qword ptr [0x8000]; jmp 1b", bits=64, org=0x100000)
+    with pykvm.Machine(code, mode="long", memory="2M", entry=0x100000) as machine:
+        thread = threading.Thread(target=lambda: machine.run(TIMEOUT, explain=False), daemon=True)
+        thread.start()
+        while not machine.memory.read_u64(0x8000):
+            time.sleep(0.001)
+        yield machine, thread
+        machine.stop()
+        thread.join()
+
+
+def test_held_vcpus_do_not_run(counting):
+    machine, _ = counting
+    machine.group.hold(TIMEOUT)
+    while not machine.group.waiting:
+        time.sleep(0.001)
+    before = machine.memory.read_u64(0x8000)
+    assert not machine.group.paused
+    machine.pause()
+    assert machine.memory.read_u64(0x8000) == before
+    machine.resume()  # ends a hold, too
+    while machine.memory.read_u64(0x8000) == before:
+        time.sleep(0.001)
+
+
+def test_a_hold_ends_by_itself(counting):
+    machine, _ = counting
+    for _ in range(20):
+        before = machine.memory.read_u64(0x8000)
+        machine.group.hold(0.002)
+        while machine.memory.read_u64(0x8000) == before:
+            time.sleep(0.001)
+
+
+def test_a_held_run_can_be_stopped(counting):
+    machine, thread = counting
+    machine.group.hold(TIMEOUT)
+    machine.stop()
+    thread.join(TIMEOUT)
+    assert not thread.is_alive()
