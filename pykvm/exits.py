@@ -74,6 +74,11 @@ class Exit:
 
         return f"{type(self).__name__}({', '.join(map(show, self.__match_args__))})"
 
+    def _repr_html_(self) -> str:
+        from pykvm.debug.html import exit_html
+
+        return exit_html(self)
+
     def __eq__(self, other: object) -> bool:
         return type(self) is type(other) and all(getattr(self, n) == getattr(other, n) for n in self.__match_args__)
 

@@ -1,4 +1,4 @@
-"""Registers, results, memory and page tables as HTML, for notebooks (``_repr_html_``); everything is escaped."""
+"""Registers, exits, results, memory and page tables as HTML, for notebooks (``_repr_html_``); everything is escaped."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ if TYPE_CHECKING:
 
     from pykvm.abi import Struct
     from pykvm.debug.pagetables import PageTables
+    from pykvm.exits import Exit
     from pykvm.memory import GuestMemory
     from pykvm.result import Result
 
-__all__ = ["memory_html", "page_tables_html", "result_html", "struct_html", "table", "text_html"]
+__all__ = ["exit_html", "memory_html", "page_tables_html", "result_html", "struct_html", "table", "text_html"]
 
 _ROWS = 200
 _TABLE = '<table style="border-collapse:collapse;font-family:ui-monospace,monospace;font-size:12px">'
@@ -60,6 +61,14 @@ def struct_html(struct: Struct) -> str:
             data = value.to_bytes()
             rows.append([name, data[:32].hex(" ") + (" ..." if len(data) > 32 else ""), ""])
     return table(["field", "value", "bits"], rows)
+
+
+def exit_html(exit: Exit) -> str:
+    """An exit's fields."""
+    from pykvm.exit_reason import reason_name
+
+    rows = [[name, hex(value) if type(value) is int else repr(value)] for name in exit.__match_args__ for value in (getattr(exit, name),)]
+    return table(["field", "value"], rows, f"{type(exit).__name__}: KVM_EXIT_{reason_name(exit.reason)}")
 
 
 def result_html(result: Result) -> str:

@@ -116,6 +116,11 @@ class Event:
         return bool(self.reason == _MMIO)
 
     @property
+    def is_captured(self) -> bool:
+        """Whether more is known than the record."""
+        return bool(self._moment)
+
+    @property
     def context(self) -> bytes:
         """What decides how code at RIP is found and decoded: CS, the control registers and EFER, as bytes."""
         m = self._moment

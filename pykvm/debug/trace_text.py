@@ -69,11 +69,10 @@ class Formatter:
             return f"MSR {msr} {'<-' if event.is_write else '->'} {event.value:#x}"
         if name == "SHUTDOWN":
             return "SHUTDOWN: triple fault"
-        exit = event.exit
-        if isinstance(exit, exits.InternalError) and exit.suberror == 1:
+        if event.reason == exits.InternalError.reason and event.qualifier == 1:
             return f"{name}: KVM's emulator does not know it"
-        if type(exit).__match_args__:
-            return f"{name}: {exit!r}"
+        if event.is_captured and type(event.exit).__match_args__:
+            return f"{name}: {event.exit!r}"
         return f"{name} {event.qualifier:#x}" if event.qualifier else name
 
     def line(self, event: Event) -> str:

@@ -87,6 +87,7 @@ def test_html_for_notebooks():
         words = Words(machine)
         shown = {
             "IO": result, "rflags: ": machine.vcpu.get_regs(), "PE MP": machine.vcpu.get_sregs(), "anonymous": machine.memory,
+            "KVM_EXIT_IO": pykvm.IoOut(0x3F8, 1, b"<", 1),
             "4-level paging": machine.vm.page_tables(), "hva": machine.walk(0x100000), "lea": words.dis("_start"),
         }  # fmt: skip
         for text, value in shown.items():

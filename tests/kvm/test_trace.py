@@ -329,6 +329,12 @@ def test_steps_show_registers_and_memory():
     assert "scratch" in steps[6].exit
 
 
+def test_a_step_that_is_finished_in_user_space():
+    steps, _ = stepped("mov eax, 0xff; popcnt ebx, eax; hlt")
+    assert steps[1].registers["rbx"] == (0, 8)
+    assert steps[1].exit in ("", "INTERNAL_ERROR: KVM's emulator does not know it")  # where KVM emulates CPL0 code
+
+
 def test_steps_in_real_mode():
     steps, _ = stepped("mov ax, 0x900; mov ds, ax; mov byte ptr [0x10], 7; hlt", 16)
     assert steps[1].registers["ds"] == (0, 0x900)
