@@ -21,7 +21,7 @@ LEVEL = {name: level for level, names in LEVELS.items() for name in names}
 # The explainer is called by Machine when a guest has stopped, the ledger when it is asked for; they are imported then.
 # So are page walks and, in a notebook, HTML.
 ALLOWED = {("machine", "debug"), ("records", "debug"), ("machine", "ledger"), ("machine", "state"), ("vcpu", "debug"), ("vm", "debug")}
-ALLOWED |= {("abi", "debug"), ("memory", "debug"), ("result", "debug")}
+ALLOWED |= {("abi", "debug"), ("exits", "debug"), ("memory", "debug"), ("result", "debug")}
 NO_KVM = {"abi", "vm", "vcpu", "system"}
 
 
