@@ -91,3 +91,11 @@ class PortA:
         if value & 1:
             self.stop("reset", None)
         self.a20 = value & 2
+
+    def save(self) -> dict[str, Any]:
+        """The A20 bit."""
+        return {"version": 1, "a20": self.a20}
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Take back what save() gave. Raises StateError."""
+        self.a20 = Saved(state, self.name, 1).number("a20", 2) & 2

@@ -3,6 +3,7 @@
 import pytest
 
 from pykvm import ConfigError, GuestImageError, Machine, asm
+from pykvm.kvmstats import Counters
 from pykvm.memorymap import e820, memory_map
 from pykvm.units import MIB
 from tests.conftest import TIMEOUT
@@ -92,6 +93,26 @@ wrong:  mov al, 1
     """
     _, result = run(code)
     assert result.exit_code == 42 and not result.unclaimed
+
+
+def test_a_flushed_page_is_mapped_anew():
+    """KVM's own count of page faults that it has fixed: one for each flush, as the guest comes back to the page each time."""
+    code = """
+        mov ecx, 50
+        mov eax, 0x300000
+    1:  mov ebx, [rax]
+        out 0xe4, eax
+        dec ecx
+        jnz 1b
+        out 0xf4, al
+    """
+    with Machine(asm(code, bits=64, org=0x100000), mode="user", memory="8M", platform="pc-test") as machine:
+        counted = Counters(machine.vcpu, ("pf_fixed",))
+        try:
+            assert machine.run(TIMEOUT).reason == "exit"
+            assert counted.read()["pf_fixed"] >= 50
+        finally:
+            counted.close()
 
 
 def test_power_off_ends_the_run():

@@ -66,3 +66,7 @@ def test_port_a():
     assert port.read(0, 1) == 0 and not stopped
     port.write(0, 1, 3)
     assert port.read(0, 1) == 2 and stopped == [("reset", None)]
+    port.write(0, 1, 0)
+    other = PortA(stopped.append)
+    other.load(port.save())
+    assert other.read(0, 1) == 0
