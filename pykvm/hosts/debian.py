@@ -9,7 +9,7 @@ from pathlib import Path
 from pykvm.errors import HostError
 from pykvm.hosts.cache import cache_dir, cached
 
-__all__ = ["Kernel", "Missing", "fetch", "package", "require_commands"]
+__all__ = ["Kernel", "Missing", "dependency", "fetch", "package", "require_commands"]
 
 META_PACKAGE = "linux-image-cloud-amd64"
 
@@ -82,7 +82,7 @@ def fetch() -> Kernel:
     """The newest kernel that apt knows, from the cache or the network. Raises Missing with what to do."""
     kept = sorted(cache_dir().glob("linux-image-*"), key=lambda path: path.stat().st_mtime)
     require_commands({"apt-get": "apt", "dpkg": "dpkg"}, "fetching a kernel")
-    newest = _newest_package()
+    newest = dependency(META_PACKAGE, "linux-image-")
     if newest is None:
         if kept:
             return Kernel(kept[-1])
@@ -90,11 +90,12 @@ def fetch() -> Kernel:
     return Kernel(cached(newest, lambda folder: _download(newest, folder)))
 
 
-def _newest_package() -> str | None:
-    shown = subprocess.run(["apt-cache", "depends", META_PACKAGE], capture_output=True, text=True, check=False).stdout
+def dependency(meta: str, prefix: str) -> str | None:
+    """The package whose name begins with ``prefix`` that the package ``meta`` depends on: Debian's newest. None: apt knows none."""
+    shown = subprocess.run(["apt-cache", "depends", meta], capture_output=True, text=True, check=False).stdout
     for line in shown.splitlines():
         word, _, name = line.strip().partition(": ")
-        if word == "Depends" and name.startswith("linux-image-"):
+        if word == "Depends" and name.startswith(prefix):
             return name
     return None
 
