@@ -59,6 +59,7 @@ class Pc:
     ) -> None:
         pio = bus.pio
         self.debug_port = Console()
+        self.tables: list[tuple[int, int]] = []  # where prepare() has put tables, as (start, end)
         self.uart = Uart16550(console.extend, None if irq is None else irq(COM1_GSI).set, poll=poll)
         self.post = PostPort()
         self.rtc = Rtc(memory=memory.ram_size, irq=None if irq is None else irq(RTC_GSI).set, cpus=cpus)

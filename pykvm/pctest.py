@@ -114,7 +114,7 @@ class PcTest(Pc):
             return 0
         leaf = vm.vcpus[0].get_cpuid2().find(1)
         signature, features = (0, 0) if leaf is None else (leaf.eax, leaf.edx)
-        place_tables(memory, acpi, mp_table(self.cpus, signature, features, pic=pic))
+        self.tables = place_tables(memory, acpi, mp_table(self.cpus, signature, features, pic=pic))
         assert rsdp.gpa is not None
         return rsdp.gpa
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 from pykvm.errors import GuestImageError
 from pykvm.loaders import load
 from pykvm.memory import GuestMemory
-from pykvm.platform import BIOS_END, BIOS_GPA
 from pykvm.x86.regs import CR4
 
 TYPE_CHECKING = False
@@ -82,10 +81,9 @@ class ImageOrigin:
             handover = Handover(config.append, config.modules)
         if config.platform != "pykvm":
             firmware = config.info.protocol == "firmware"
-            if not firmware:
-                _keep_out_of_tables(config.info)
             with config.blames("memory"):
                 rsdp = machine.pc.prepare(machine.memory, machine.vm, firmware=firmware)
+            _keep_out_of_tables(config.info, machine.pc.tables)
             if handover is not None:
                 handover.rsdp = rsdp
         boot = machine.boot = load(config.info, config.data, machine.memory, config.entry, handover)
@@ -104,8 +102,10 @@ def _limit_xcr0(vcpu: VCPU, model: CpuModel) -> None:
         vcpu.set_xcrs(xcrs)
 
 
-def _keep_out_of_tables(info: ImageInfo) -> None:
+def _keep_out_of_tables(info: ImageInfo, tables: list[tuple[int, int]]) -> None:
+    """The tables only, not all of the BIOS area: a linker that puts an image at 1 MiB likes to put its ELF header just below."""
     for s in info.segments:
-        if s.gpa < BIOS_END and s.gpa + s.memsz > BIOS_GPA:
-            why = f"it covers gpa {max(s.gpa, BIOS_GPA):#x}, where the platform has its tables: link it elsewhere, or use --platform pykvm"
-            raise GuestImageError(info.path, s.header, why)
+        for start, end in tables:
+            if s.gpa < end and s.gpa + s.memsz > start:
+                why = f"it covers gpa {max(s.gpa, start):#x}, where the platform has its tables: link it elsewhere, or use --platform pykvm"
+                raise GuestImageError(info.path, s.header, why)

@@ -14,9 +14,10 @@ if TYPE_CHECKING:
 __all__ = ["place_tables"]
 
 
-def place_tables(memory: GuestMemory, acpi: tuple[Blob, Blob], mp: tuple[Blob, Blob]) -> None:
+def place_tables(memory: GuestMemory, acpi: tuple[Blob, Blob], mp: tuple[Blob, Blob]) -> list[tuple[int, int]]:
     """Write both, and the two words of the BIOS data area that say where the EBDA is and how much low RAM there is.
 
+    Returns where the tables are, as (start, end).
     Guests look for the RSDP and for the MP floating pointer at every 16 bytes from 0xF0000. Raises ConfigError when memory ends below
     1 MiB.
     """
@@ -31,3 +32,4 @@ def place_tables(memory: GuestMemory, acpi: tuple[Blob, Blob], mp: tuple[Blob, B
         memory.write(gpa, blob.resolved())
     memory.write_u16(BDA_GPA + 0x0E, EBDA_GPA >> 4)
     memory.write_u16(BDA_GPA + 0x13, LOW_RAM_END // KIB)
+    return [(gpa, gpa + len(blob.data)) for blob, gpa, _ in places]

@@ -1,5 +1,6 @@
 """Multiboot, PVH and firmware images on the KVM at hand: the state they start in, and what the command line says of them."""
 
+import struct
 import subprocess
 import sys
 
@@ -65,6 +66,16 @@ def test_a_flat_firmware_file(tmp_path, system):
     (tmp_path / "bios.bin").write_bytes(bytes(0xF000) + code)
     done = run("--firmware", tmp_path / "bios.bin")
     assert (done.returncode, done.stdout, done.stderr) == (0, "Hello from the reset vector.\n", "")
+
+
+def test_an_image_just_below_1_mib(system):
+    """Where a linker that is told to put the code at 1 MiB puts the ELF header; the platform's tables are elsewhere in that area."""
+    magic, flags = 0x1BADB002, 1 << 16
+    header = struct.pack("<8I", magic, flags, -(magic + flags) & 0xFFFFFFFF, 0x100000, 0xFF000, 0, 0, 0x100020)
+    image = bytes(0x1000) + header + b"\xb0\x07\xe6\xf4"  # mov al, 7; out 0xf4, al
+    with Machine(image, system=system) as machine:
+        assert machine.info.kind == "multiboot (flat)" and machine.config.platform == "pc-test"
+        assert machine.run(TIMEOUT).exit_code == 7
 
 
 def run(*arguments):
