@@ -178,8 +178,8 @@ class Machine(Closes):
         try:
             self.memory = origin.make_memory()
             self.vm = self.system.create_vm()
+            self.vm.add_memory(self.memory)  # before the irqchip: a slot waits for what KVM has to tidy up after making one, some ms
             self._add_irqchip(config.irqchip, config.platform)
-            self.vm.add_memory(self.memory)
             self._add_vcpus(origin)
             self.console = Console(on_output=on_output)
             self.bus = Bus()
