@@ -227,6 +227,6 @@ def chosen(words: list[str]) -> list[Kind]:
         exact = {kind.name for kind in KINDS if kind.name.lower() == word}
         found = exact or {kind.name for kind in KINDS if kind.name.lower().startswith(word)}
         if not found:
-            raise ConfigError(f"unknown kind {word!r}: use one of {', '.join(kind.name for kind in KINDS)}, or how it begins")
+            raise ConfigError(f"unknown kind {word!r}: use one of these, or how it begins: {'; '.join(kind.name for kind in KINDS)}")
         names |= found
     return [kind for kind in KINDS if kind.name in names]

@@ -1,49 +1,41 @@
-"""The UART against the PC16550D datasheet, and as Linux's 8250 driver probes and drives it (drivers/tty/serial/8250/8250_port.c)."""
+"""The UART against the PC16550D datasheet: registers, sending, receiving, the interrupt line."""
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from pykvm.devices.uart16550 import Uart16550
-
-RBR = THR = DLL = 0
-IER = DLM = 1
-IIR = FCR = EFR = 2
-LCR, MCR, LSR, MSR, SCR = range(3, 8)
-RX, THRI, LINE, MODEM = 1, 2, 4, 8
-DR, OE, PE, FE, BI, THRE, TEMT, FIFO_ERROR = (1 << i for i in range(8))
-DTR, RTS, OUT1, OUT2, LOOP = 1, 2, 4, 8, 0x10
-DCTS, DDSR, TERI, DDCD, CTS, DSR, RI, DCD = (1 << i for i in range(8))
-BREAK, DLAB = 0x40, 0x80
-NONE, IS_MODEM, IS_TX, IS_RX, IS_LINE, IS_TIMEOUT = 1, 0, 2, 4, 6, 0xC
-
-
-class Serial:
-    """A UART seen byte by byte from the guest; ``sent`` and ``levels`` are what came out."""
-
-    def __init__(self, poll=None):
-        self.sent, self.levels = bytearray(), []
-        self.uart = Uart16550(self.sent.extend, self.levels.append, poll)
-
-    def __getitem__(self, register):
-        return self.uart.read(register, 1)
-
-    def __setitem__(self, register, value):
-        self.uart.write(register, 1, value)
-
-    @property
-    def level(self):
-        return self.levels[-1] if self.levels else 0
-
-    def receive(self, data):
-        self.uart.receive(data)
-
-    def read_all(self):
-        """As a driver does: while data is ready."""
-        data = bytearray()
-        while self[LSR] & DR:
-            data.append(self[RBR])
-        return bytes(data)
+from tests.unit.serial_line import (
+    CTS,
+    DCD,
+    DLAB,
+    DLL,
+    DLM,
+    DR,
+    DSR,
+    FCR,
+    IER,
+    IIR,
+    IS_RX,
+    IS_TIMEOUT,
+    IS_TX,
+    LCR,
+    LINE,
+    LOOP,
+    LSR,
+    MCR,
+    MODEM,
+    MSR,
+    NONE,
+    OE,
+    OUT2,
+    RBR,
+    RX,
+    SCR,
+    TEMT,
+    THR,
+    THRE,
+    THRI,
+    Serial,
+)
 
 
 @pytest.fixture
@@ -342,194 +334,6 @@ def test_output_that_raises_is_not_given_twice():
     assert sent == [b"!", b"!", b"?"]
 
 
-# --- loopback and modem status ---------------------------------------------------------------------------------------
-
-
-def test_loopback_returns_output_as_input(com):
-    com[MCR] = LOOP
-    com[THR] = 0x5A
-    assert com.sent == b""
-    assert com[LSR] & DR
-    assert com[RBR] == 0x5A
-    assert com[LSR] & DR == 0
-
-
-def test_loopback_keeps_the_outside_out(com):
-    com[FCR], com[MCR] = 1, LOOP
-    com.receive(b"later")
-    assert com[LSR] & DR == 0
-    com[THR] = ord("l")
-    assert com.read_all() == b"l"
-    com[MCR] = 0
-    assert com.read_all() == b"later"
-
-
-def test_what_waited_out_a_loopback_interrupts_afterwards(com):
-    com[IER], com[MCR] = RX, OUT2 | LOOP
-    com.receive(b"x")
-    assert com.levels == []
-    com[MCR] = OUT2
-    assert com.levels == [1]
-    assert com[IIR] == IS_RX
-
-
-@pytest.mark.parametrize("mcr", range(16))
-def test_loopback_modem_lines_follow_mcr(com, mcr):
-    com[MCR] = LOOP | mcr
-    expected = DSR * (mcr & DTR > 0) | CTS * (mcr & RTS > 0) | RI * (mcr & OUT1 > 0) | DCD * (mcr & OUT2 > 0)
-    assert com[MSR] & 0xF0 == expected
-    com[MCR] = mcr
-    assert com[MSR] & 0xF0 == CTS | DSR | DCD
-
-
-@pytest.mark.parametrize(
-    ("before", "after", "deltas"),
-    [
-        (0, DTR, DDSR), (DTR, 0, DDSR), (0, RTS, DCTS), (RTS, 0, DCTS), (0, OUT2, DDCD), (OUT2, 0, DDCD),
-        (0, OUT1, 0), (OUT1, 0, TERI), (0, 15, DDSR | DCTS | DDCD), (15, 0, DDSR | DCTS | DDCD | TERI), (15, 15, 0),
-    ],
-)  # fmt: skip
-def test_modem_deltas(com, before, after, deltas):
-    """Each line's change is remembered until MSR is read; of the ring indicator only its end."""
-    com[MCR] = LOOP | before
-    assert com[MSR] is not None
-    com[MCR] = LOOP | after
-    assert com[MSR] & 0x0F == deltas
-    assert com[MSR] & 0x0F == 0
-
-
-def test_deltas_add_up_until_read(com):
-    com[MCR] = LOOP
-    assert com[MSR] & 0x0F == DCTS | DDSR | DDCD
-    com[MCR] = LOOP | DTR
-    com[MCR] = LOOP
-    com[MCR] = LOOP | RTS
-    assert com[MSR] & 0x0F == DCTS | DDSR
-
-
-def test_modem_status_interrupt(com):
-    com[MCR], com[IER] = LOOP, MODEM
-    assert com[IIR] == IS_MODEM  # unplugged by loopback
-    assert com[MSR] & 0x0F
-    assert com[IIR] == NONE
-    com[MCR] = OUT2  # plugged in again, and the line to the interrupt controller is back
-    assert com.levels == [1]
-    assert com[IIR] == IS_MODEM
-    assert com[MSR] & 0x0F
-    assert com.levels == [1, 0]
-
-
-def test_overrun_at_16_bytes(com):
-    """A full FIFO keeps what it has; the error is reported once."""
-    com[FCR], com[MCR] = 1, LOOP
-    for i in range(16):
-        com[THR] = i
-    assert com[LSR] & OE == 0
-    com[THR] = 99
-    assert com[LSR] & (DR | OE) == DR | OE
-    assert com[LSR] & (DR | OE) == DR
-    assert com.read_all() == bytes(range(16))
-
-
-def test_overrun_without_fifo(com):
-    """The newer byte wins."""
-    com[MCR] = LOOP
-    com[THR] = 1
-    assert com[LSR] & OE == 0
-    com[THR] = 2
-    assert com[LSR] & (DR | OE) == DR | OE
-    assert com[RBR] == 2
-
-
-@pytest.mark.parametrize("fifo", [0, 1])
-@pytest.mark.parametrize("order", ["loopback first", "break first"])
-def test_break_in_loopback(com, order, fifo):
-    """One zero byte, without a stop bit, when the break begins; LSR tells of it once. What is sent during it is lost."""
-    com[FCR], com[IER] = fifo, LINE
-    for register, value in [(MCR, LOOP), (LCR, BREAK | 3)][:: 1 if order == "loopback first" else -1]:
-        com[register] = value
-    assert com[IIR] & 0xF == IS_LINE
-    assert com[LSR] == FIFO_ERROR * fifo | TEMT | THRE | BI | FE | DR
-    assert com[LSR] == TEMT | THRE | DR
-    assert com[IIR] & 0xF == NONE
-    com[THR] = 0x55
-    assert (com[RBR], com[LSR]) == (0, TEMT | THRE)
-    com[LCR] = BREAK | 7  # it goes on
-    assert com[LSR] & (BI | DR) == 0
-    com[LCR] = 3
-    com[THR] = 0x55
-    assert (com[LSR], com[RBR]) == (TEMT | THRE | DR, 0x55)
-    assert com.sent == b""
-
-
-def test_a_break_shows_when_it_is_at_the_top_of_the_fifo(com):
-    com[FCR], com[MCR] = 1, LOOP
-    for byte in b"ab":
-        com[THR] = byte
-    com[LCR] = BREAK
-    com[LCR] = 0
-    com[THR] = ord("c")
-    assert [com[LSR] & (FIFO_ERROR | BI | DR) for _ in range(2)] == [FIFO_ERROR | DR] * 2  # somewhere in the FIFO
-    assert (com[RBR], com[RBR]) == (ord("a"), ord("b"))
-    assert com[LSR] & (FIFO_ERROR | BI | FE | DR) == FIFO_ERROR | BI | FE | DR
-    assert com[LSR] & (FIFO_ERROR | BI | FE | DR) == DR
-    assert (com[RBR], com[RBR]) == (0, ord("c"))
-
-
-def test_a_break_that_finds_no_room(com):
-    com[FCR], com[MCR] = 1, LOOP
-    for i in range(16):
-        com[THR] = i
-    com[LCR] = BREAK
-    assert com[LSR] & (OE | BI) == OE
-    assert com.read_all() == bytes(range(16))
-    com[FCR] = 0
-    com[LCR] = 0
-    com[THR] = 9
-    com[LCR] = BREAK
-    assert com[LSR] & (OE | BI | DR) == OE | BI | DR
-    assert com[RBR] == 0
-
-
-def test_clearing_the_fifo_clears_the_break_in_it(com):
-    com[FCR], com[MCR] = 1, LOOP
-    com[THR] = 1
-    com[LCR] = BREAK
-    com[FCR] = 1 | 2
-    assert com[LSR] == THRE | TEMT
-
-
-def test_a_break_on_the_line_is_nothing_to_the_receiver(com):
-    com[LCR] = BREAK
-    assert com[LSR] == THRE | TEMT
-    com[LCR] = 0
-    assert com[LSR] == THRE | TEMT
-
-
-def test_line_status_interrupt_comes_first(com):
-    com[MCR], com[IER] = LOOP, RX | THRI | LINE | MODEM
-    com[THR] = 1
-    com[THR] = 2
-    order = []
-    for register in (LSR, RBR, None, MSR):  # what acknowledges each; the transmitter's goes with IIR
-        order.append(com[IIR])
-        if register is not None:
-            com[register]
-    assert order == [IS_LINE, IS_RX, IS_TX, IS_MODEM]
-    assert com[IIR] == NONE
-
-
-@pytest.mark.parametrize("enabled", [0, LINE, MODEM])
-def test_only_enabled_sources_show(com, enabled):
-    com[MCR] = LOOP
-    com[THR] = 1
-    com[THR] = 2
-    com[IER] = enabled
-    assert com[IIR] == {0: NONE, LINE: IS_LINE, MODEM: IS_MODEM}[enabled]
-    assert com[LSR] & (DR | OE) == DR | OE  # there they are in any case
-    assert com[MSR] & 0x0F
-
-
 # --- the interrupt line ----------------------------------------------------------------------------------------------
 
 
@@ -574,158 +378,3 @@ def test_no_irq_callable():
     uart.write(IER, 1, THRI)
     uart.write(THR, 1, 7)
     assert (uart.read(IIR, 1), sent) == (IS_TX, b"\7")
-
-
-# --- Linux -----------------------------------------------------------------------------------------------------------
-
-
-def test_linux_autoconfig(com):
-    """autoconfig() finds a 16550A with a FIFO of 16 bytes, and none of its relatives."""
-    com[IER] = 0
-    low = com[IER]
-    com[IER] = 0x0F
-    assert (low & 0x0F, com[IER] & 0x0F) == (0, 0x0F)
-    com[IER] = 0
-    com[MCR] = LOOP | OUT2 | RTS
-    assert com[MSR] & 0xF0 == DCD | CTS
-    com[MCR] = 0
-    com[LCR] = 0xBF
-    com[EFR] = 0
-    com[LCR] = 0
-    com[FCR] = 1
-    assert com[IIR] & 0xC0 == 0xC0
-    for lcr in (0x80, 0xBF):
-        com[LCR] = lcr
-        assert com[EFR] != 0  # 16650 and 16850 have an enhanced feature register here
-    com[LCR], com[FCR] = 0, 0x21
-    first = com[IIR] >> 5
-    com[LCR] = 0x80
-    com[FCR] = 0x21
-    assert (first, com[IIR] >> 5) == (6, 6)  # a TI16750 says 7
-    com[LCR] = 0
-    com[IER] = 0x40
-    assert com[IER] & 0x40 == 0  # XScale
-
-    com[FCR], com[MCR] = 7, LOOP  # size_fifo()
-    for count in range(256):
-        com[THR] = count
-    assert com.read_all() == bytes(range(16))
-    assert com.sent == b""
-
-
-def test_linux_startup_sees_no_broken_transmitter(com):
-    """serial8250_do_startup(): the checks for UART_BUG_TXEN and UART_BUG_THRE, and that the port answers at all."""
-    for value in (7, 0):
-        com[FCR] = value
-    assert com[LSR] != 0xFF
-    com[MCR] = OUT2
-    com[IER] = THRI
-    first = com[IIR]
-    com[IER] = 0
-    com[IER] = THRI
-    again = com[IIR]
-    com[IER] = 0
-    assert (first & NONE, again & NONE) == (0, 0)
-    com[IER] = THRI
-    lsr, iir = com[LSR], com[IIR]
-    com[IER] = 0
-    assert lsr & TEMT and not iir & NONE
-    assert com.level == 0
-
-
-def test_linux_interrupt_driven_echo(com):
-    """Edges only: every rise runs the handler until IIR says there is nothing left."""
-    pending = bytearray()
-    com[FCR], com[MCR], com[IER] = 0x81, OUT2 | DTR | RTS, RX | LINE
-
-    def handler():
-        while not (iir := com[IIR]) & NONE:
-            if iir & 0x0E in (IS_RX, IS_TIMEOUT, IS_LINE):
-                pending.extend(com.read_all())
-                com[IER] = RX | LINE | THRI
-            elif iir & 0x0E == IS_TX:
-                for byte in pending[:16]:
-                    com[THR] = byte
-                del pending[:16]
-                if not pending:
-                    com[IER] = RX | LINE
-
-    text, edges = bytes(range(1, 251)), 0
-    for i in range(0, len(text), 50):
-        com.receive(text[i : i + 50])
-        while com.levels[edges:]:
-            edges = len(com.levels)
-            handler()
-        assert com.level == 0
-    assert com.sent == text
-
-
-# --- hostile sequences -----------------------------------------------------------------------------------------------
-
-sizes = st.sampled_from([1, 2, 4, 8])
-offsets = st.integers(0, 9)
-reads = st.tuples(st.just("read"), offsets, sizes)
-writes = st.tuples(st.just("write"), offsets, sizes, st.integers(0, (1 << 64) - 1))
-register_writes = st.tuples(st.just("write"), st.integers(0, 7), st.just(1), st.integers(0, 255))
-receives = st.tuples(st.just("receive"), st.binary(max_size=40))
-
-
-def check_line(com):
-    """The line agrees with IIR, and only its changes were reported."""
-    assert com.levels == [1, 0] * (len(com.levels) // 2) + [1] * (len(com.levels) % 2)
-    gated, level = com[MCR] & (OUT2 | LOOP) == OUT2, com.level
-    assert level == (gated and not com[IIR] & NONE)
-
-
-@settings(deadline=None, max_examples=300)
-@given(st.lists(st.one_of(reads, writes, register_writes, receives), max_size=60))
-def test_any_sequence(operations):
-    com = Serial()
-    for kind, *arguments in operations:
-        if kind == "receive":
-            com.receive(*arguments)
-        elif kind == "write":
-            offset, size, value = arguments
-            com.uart.write(offset, size, value & ((1 << 8 * size) - 1))
-        else:
-            offset, size = arguments
-            value = com.uart.read(offset, size)
-            assert type(value) is int and 0 <= value < 1 << 8 * size
-        assert len(com.uart.rx) <= 16
-        assert len(com.levels) < 2 or com.levels[-1] != com.levels[-2]
-    assert com[LSR] & (THRE | TEMT) == THRE | TEMT
-    check_line(com)
-
-
-@settings(deadline=None)
-@given(
-    st.lists(
-        st.one_of(
-            receives,
-            st.tuples(st.just("write"), st.sampled_from([THR, IER, LCR, MCR, SCR]), st.integers(0, 255)),
-            st.tuples(st.just("read"), st.sampled_from([IER, IIR, LCR, MCR, LSR, MSR, SCR])),
-            st.tuples(st.just("take")),
-        ),
-        max_size=60,
-    ),
-    st.sampled_from([0, 1, 0x81]),
-)
-def test_without_loopback_every_byte_goes_through_once(operations, fcr):
-    com, given_in, taken, written = Serial(), bytearray(), bytearray(), bytearray()
-    com[FCR] = fcr
-    for kind, *arguments in operations:
-        if kind == "receive":
-            com.receive(*arguments)
-            given_in += arguments[0]
-        elif kind == "write":
-            register, value = arguments
-            if register == THR and not com[LCR] & DLAB:
-                written.append(value)
-            com[register] = value & ~LOOP if register == MCR else value
-        elif kind == "read":
-            assert com[arguments[0]] in range(256)
-        elif com[LSR] & DR and not com[LCR] & DLAB:
-            taken.append(com[RBR])
-    com[LCR] = 0
-    assert taken + com.read_all() == given_in
-    assert com.sent == written
