@@ -148,6 +148,7 @@ def test_the_guests_clock_counts_what_loops_add():
     assert c < native <= c + 40 and native < python <= c + 2200
 
 
+@slow
 def test_steps_go_up_from_c_to_python():
     """The regression guard: instructions, not times, so the same on every host and each time; against the least loop with cffi."""
     try:

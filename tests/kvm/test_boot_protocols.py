@@ -82,6 +82,7 @@ def run(*arguments):
     return subprocess.run([sys.executable, "-m", "pykvm", "run", *map(str, arguments)], capture_output=True, text=True, check=False)
 
 
+@pytest.mark.slow
 def test_the_command_line_says_what_it_took_the_file_for(tmp_path):
     with Machine("reset_vector") as machine:
         data = machine.memory.read(0xFFFFF000, 0x1000)
@@ -112,6 +113,7 @@ def test_the_command_line_says_what_it_took_the_file_for(tmp_path):
         ([], 64, "something is missing"),
     ],
 )
+@pytest.mark.slow
 def test_mistakes(arguments, status, why):
     done = run(*arguments)
     assert (done.returncode, why in done.stderr) == (status, True), done.stderr

@@ -183,6 +183,7 @@ def wait_for_vcpu(process):
 # --- console ----------------------------------------------------------------------------------------------------------
 
 
+@slow
 def test_echo():
     done = run("run", "echo", "--timeout", LIMIT, stdin=b"hello, 1 2 3\nnot read\n")
     assert (done.returncode, done.stdout, done.stderr) == (0, b"HELLO, 1 2 3\n", "")
@@ -375,6 +376,7 @@ def test_help(words):
 # --- bad input --------------------------------------------------------------------------------------------------------
 
 
+@slow
 def test_the_nearest_name_is_offered():
     done = run("run", "helo")
     assert done.returncode == 65

@@ -157,6 +157,7 @@ def run(*words):
     )
 
 
+@pytest.mark.slow
 def test_the_command(system):
     done = run()
     assert done.returncode == 0, done.stderr
@@ -185,6 +186,7 @@ def test_the_command_with_a_model(system):
     ("words", "message"),
     [(("hasswell",), "did you mean haswell?"), (("host,-axv",), "did you mean avx?"), (("host", "--cpus", "0"), "give a positive number")],
 )
+@pytest.mark.slow
 def test_the_command_offers_the_nearest(words, message):
     done = run(*words)
     assert done.returncode == 64 and message in done.stderr and "Traceback" not in done.stderr

@@ -351,6 +351,7 @@ def test_an_unused_ledger_costs_no_memory_and_leaves_nothing():
     assert len(os.listdir("/proc/self/fd")) == fds
 
 
+@pytest.mark.slow
 def test_run_hello_needs_no_numpy():
     code = (
         "import sys; from pykvm.cli import main; main(['run', 'hello']); print([m for m in ('numpy', 'pykvm.ledger') if m in sys.modules])"

@@ -55,6 +55,7 @@ def test_what_is_wrong(capfd):
     assert "vCPUs 0 to 0" in shell(capfd, "cpu(3)", status=64).err
 
 
+@pytest.mark.slow
 def test_the_prompt():
     """Python's own, with a pipe for a terminal."""
     code = "import sys; sys.modules['IPython'] = None; from pykvm.cli import main; sys.exit(main(sys.argv[1:]))"
@@ -69,6 +70,7 @@ def test_the_prompt():
     assert "step(n=1)" in done.stderr
 
 
+@pytest.mark.slow
 def test_ipython_where_it_is(capfd):
     pytest.importorskip("IPython")
     done = subprocess.run(
