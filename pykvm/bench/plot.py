@@ -1,16 +1,20 @@
-"""``pykvm bench exits --plot``: bars with intervals, where the time goes, and distributions, on one page (matplotlib)."""
+"""``pykvm bench exits --plot``: bars with intervals, where the time goes, and distributions, on one page (matplotlib); and the two sides of
+``pykvm bench mmu --compare``."""
 
 from __future__ import annotations
 
 import os
 
 from pykvm.errors import ConfigError
+from pykvm.units import format_size
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
-__all__ = ["check", "draw"]
+    from pykvm.bench.ept import Pair
+
+__all__ = ["check", "draw", "draw_pairs"]
 
 _FORMATS = (".svg", ".png", ".pdf")
 _COLOURS = {"C": "#4c566a", "native": "#5e81ac", "python": "#d08770", "kernel": "#8a9a5b"}
@@ -58,6 +62,31 @@ def draw(results: dict[str, Any], path: str) -> None:
     for axis, panel in zip(axes, panels, strict=True):
         (lambda a: _bars(a, clocked), lambda a: _stacks(a, split), lambda a: _curves(a, clocked))[panel](axis)
     figure.suptitle(_title(results), fontsize=10, x=0.01, ha="left")
+    figure.savefig(path, dpi=130)
+
+
+def draw_pairs(pairs: list[Pair], names: tuple[str, str], title: str, path: str) -> None:
+    """Draw two reports of ``pykvm bench mmu`` side by side: what an operation costs, and the exits that it makes."""
+    check(path)
+    figure = _figure_class()(figsize=(11, 0.36 * len(pairs) + 2.2), layout="constrained")
+    costs, exits = figure.subplots(1, 2)
+    rows = [f"{pair.workload}, {format_size(pair.guest_page)} on {format_size(pair.host_page)}" for pair in pairs]
+    for side, (name, colour) in enumerate(zip(names, ("#5e81ac", "#d08770"), strict=True)):
+        for y, pair in enumerate(pairs):
+            row, at = (pair.a, pair.b)[side], y - 0.2 + 0.4 * side
+            label = None if y else name
+            e = row["per_op"]
+            spread = [[max(0.0, e["median"] - e["low"])], [max(0.0, e["high"] - e["median"])]]
+            costs.barh(at, e["median"], 0.36, color=colour, label=label)
+            costs.errorbar(e["median"], at, xerr=spread, color="#222222", linewidth=0.9)
+            exits.barh(at, row["counters_per_op"].get("exits", 0.0), 0.36, color=colour, label=label)
+    costs.set_xscale("log")
+    _tidy(costs, rows)
+    _tidy(exits, [""] * len(rows))
+    costs.set_xlabel("TSC units an operation: median with its 95 % interval", fontsize=8)
+    exits.set_xlabel("VM exits an operation", fontsize=8)
+    costs.legend(fontsize=8, frameon=False, loc="lower right", bbox_to_anchor=(1, 1), ncols=2)
+    figure.suptitle(title, fontsize=10, x=0.01, ha="left")
     figure.savefig(path, dpi=130)
 
 

@@ -28,6 +28,7 @@ COMMAND = Command(
         Option("--rounds", "rounds to measure", "N", None, whole),
         Option("--json", "JSON instead of tables"),
         Option("--compare", "put two reports side by side"),
+        Option("--plot", "draw what --compare compares: .svg, .png or .pdf (needs matplotlib)", "FILE"),
         Option("--hosts", "measure on these emulated hosts, two-level paging on and off: intel, amd or intel,amd", "CPUS"),
         Option("--out", "where --hosts puts its reports", "FOLDER", "bench-ept"),
         Option("--emulator", "what emulates this host, to be noted in the report", "NAME", ""),
@@ -36,7 +37,7 @@ COMMAND = Command(
         "pykvm bench mmu",
         "pykvm bench mmu --workload chase --size 256M",
         "pykvm bench mmu --json > ept.json",
-        "pykvm bench mmu --compare ept.json shadow.json",
+        "pykvm bench mmu --compare ept.json shadow.json --plot ept.svg",
         "pykvm bench mmu --hosts intel,amd --out results",
     ],
 )
@@ -51,7 +52,12 @@ def main(argv: list[str]) -> int:
             raise ConfigError("two reports, please: pykvm bench mmu --compare A.json B.json")
         from pykvm.bench.ept import load_report
 
-        return _print_comparison(load_report(operands[0]), load_report(operands[1]), o["json"])
+        a, b = load_report(operands[0]), load_report(operands[1])
+        if o["plot"]:
+            _draw(a, b, o["plot"])
+        return _print_comparison(a, b, o["json"])
+    if o["plot"]:
+        raise ConfigError("--plot goes with --compare: it draws two reports side by side")
     if operands:
         raise ConfigError(f"{operands[0]!r} is one word too many: reports go with --compare")
     if o["hosts"]:
@@ -259,13 +265,24 @@ def _print_comparison(a: dict[str, Any], b: dict[str, Any], as_json: bool) -> in
     return 0
 
 
+def _names(a: dict[str, Any], b: dict[str, Any]) -> tuple[str, str]:
+    """What to call the two: their paging, where that tells them apart."""
+    x, y = a["host"]["paging"], b["host"]["paging"]
+    return (x, y) if x != y else (f"A: {x}", f"B: {y}")
+
+
+def _draw(a: dict[str, Any], b: dict[str, Any], path: str) -> None:
+    from pykvm.bench.ept import compare
+    from pykvm.bench.plot import draw_pairs
+
+    draw_pairs(compare(a, b), _names(a, b), f"What virtual memory costs a guest: {_about(a['host'])}", path)
+
+
 def comparison_table(a: dict[str, Any], b: dict[str, Any]) -> str:
     """Two reports side by side."""
     from pykvm.bench.ept import caveats, compare
 
-    names = [a["host"]["paging"], b["host"]["paging"]]
-    if names[0] == names[1]:
-        names = [f"A: {names[0]}", f"B: {names[1]}"]
+    names = _names(a, b)
     lines = [f"{name}: {_about(r['host'])} ({r['host']['two_level_paging']})" for name, r in zip(names, (a, b), strict=True)]
     lines += [f"TSC units an operation, medians of {a['rounds']} and {b['rounds']} rounds; working set {format_size(a['size'])}", ""]
     x, y = names

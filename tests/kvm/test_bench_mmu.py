@@ -282,6 +282,20 @@ def test_compare_pairs_rows():
     assert "A: EPT" in comparison_table(a, a) and "B: EPT" in comparison_table(a, a)
 
 
+@slow
+def test_a_comparison_is_drawn(tmp_path, capsys):
+    pytest.importorskip("matplotlib", reason="--plot needs matplotlib, which is not installed")
+    a = written(tmp_path, "a.json", json.dumps(report_of()))
+    b = written(tmp_path, "b.json", json.dumps(report_of(paging="shadow", two_level_paging="EPT: off (shadow paging)")))
+    picture = tmp_path / "ept.svg"
+    assert main(["--compare", a, b, "--plot", str(picture)]) == 0
+    assert "<svg" in picture.read_text() and "chase" in capsys.readouterr().out
+    with pytest.raises(ConfigError, match="goes with --compare"):
+        main(["--plot", str(picture)])
+    with pytest.raises(ConfigError, match="has to end with"):
+        main(["--compare", a, b, "--plot", "x.gif"])
+
+
 def test_a_report_without_counters_or_counterpart_prints():
     a = report_of(paging="unknown", two_level_paging="unknown")
     a["rows"][0].update(native=None, ratio=None, native_as="", counters_per_op={}, mapped={})
