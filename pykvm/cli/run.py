@@ -1,7 +1,7 @@
 """``pykvm run``: one guest, its console on stdout, what happened on stderr.
 
-Exit status: 0 the guest halted or debug-exited with 0; n (1-63) debug exit code n, larger ones give 63 and are printed; 64 usage;
-65 bad image; 69 no usable KVM; 70 the guest crashed; 124 time limit; 130 Ctrl-C.
+Exit status: 0 the guest halted, powered off or debug-exited with 0; n (1-63) debug exit code n, larger ones give 63 and are printed;
+64 usage; 65 bad image; 69 no usable KVM; 70 the guest crashed; 124 time limit; 130 Ctrl-C.
 """
 
 from __future__ import annotations

@@ -109,7 +109,7 @@ def end_of(machine: Machine, stopped: Stopped) -> Result:
     if stopped.reason == "crash":
         raise_crash(machine, stopped)
     result = machine.result(stopped.reason)
-    result.exit_code = stopped.code if stopped.reason == "exit" else 0 if stopped.reason == "halted" else None
+    result.exit_code = stopped.code if stopped.reason == "exit" else 0 if stopped.reason in ("halted", "power-off") else None
     if stopped.reason == "timeout":
         from pykvm.debug.explain import explain_stop
         from pykvm.runner import Stop

@@ -52,9 +52,9 @@ class Watchpoint:
 class Stopped:
     """Why the guest stands still.
 
-    ``reason``: "step", "breakpoint", "watchpoint", "exit" (``code``), "reset", "halted", "crash", "timeout" or "interrupted". ``cpu`` is
-    the vCPU that it came from, and ``rip`` where that stands, a linear address. ``watchpoint`` is the one that fired, ``old`` and ``new``
-    what was there before and is now. ``stop`` is what the run loop said.
+    ``reason``: "step", "breakpoint", "watchpoint", "exit" (``code``), "reset", "power-off", "halted", "crash", "timeout" or
+    "interrupted". ``cpu`` is the vCPU that it came from, and ``rip`` where that stands, a linear address. ``watchpoint`` is the one that
+    fired, ``old`` and ``new`` what was there before and is now. ``stop`` is what the run loop said.
     """
 
     __slots__ = ("code", "cpu", "new", "old", "reason", "rip", "stop", "watchpoint")
@@ -108,7 +108,7 @@ class Stepper:
         """What a Stop of the run loop means that no breakpoint has made."""
         if stop.vcpu is None:
             stop.vcpu = self.vcpu(cpu)
-        if stop.reason in ("exit", "reset", "stopped", "interrupted"):
+        if stop.reason in ("exit", "reset", "power-off", "stopped", "interrupted"):
             self.settle(cpu)
         return self.stopped("interrupted" if stop.reason == "stopped" else stop.reason, cpu, stop)
 

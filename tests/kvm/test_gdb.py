@@ -62,6 +62,13 @@ def test_break_step_continue():
         assert client.session.over == "ended"
 
 
+def test_power_off_is_an_end():
+    with Machine("pm_timer") as machine:
+        client = Client(machine)
+        assert client("c") == b"W00"
+        assert client.session.over == "ended"
+
+
 def test_a_step_over_a_range():
     """vCont;r: as long as it is in there, but a breakpoint counts."""
     source = "mov ecx, 500; 1: inc rax; dec ecx; jnz 1b; nop; mov al, 0; out 0xf4, al"

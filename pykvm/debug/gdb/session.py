@@ -29,7 +29,7 @@ _SIGINT, _SIGTRAP, _SIGSEGV, _SIGXCPU = 2, 5, 11, 24  # gdb's own numbers (inclu
 _SIGNALS = {"crash": _SIGSEGV, "interrupted": _SIGINT, "timeout": _SIGXCPU}
 _ACCESS: dict[bytes, Access] = {b"2": "write", b"3": "read", b"4": "access"}
 _WATCH = {"write": "watch", "read": "rwatch", "access": "awatch"}
-_ENDS = ("exit", "halted", "reset")
+_ENDS = ("exit", "halted", "reset", "power-off")
 _FOREVER = 1 << 63  # steps
 _ROOM = PACKET_SIZE // 2 - 16
 _SUPPORTED = b"PacketSize=%x;QStartNoAckMode+;qXfer:features:read+;qXfer:exec-file:read+;vContSupported+;swbreak+;hwbreak+" % PACKET_SIZE
