@@ -99,6 +99,7 @@ class Runner:
         self.on_emulation_failure: Callable[[VCPU, exits.InternalError], bool] | None = None  # True: the instruction is done
         self.is_idle: Callable[[], bool] | None = None
         self._messages: list[Callable[[], object]] = []  # what others want done between two entries
+        self._holding = False
         self._vectors: list[int] = []  # interrupts that wait, without an in-kernel irqchip
         self.on_records: Callable[[RecordRing], None] | None = None
         self.on_heartbeat: Callable[[], None] | None = None
@@ -137,6 +138,8 @@ class Runner:
                 self.vcpu.begin(max(interval, 1e-6), max(interval, SHORTEST))
             native.native = self.loop == "native"
             self._read_messages()
+            if self._vectors:
+                self._offer_interrupts()
             if self.gate is not None and self.gate.closed and native.last & 0xF == _ERROR:
                 self.vcpu.kick()  # KVM completes the last access, comes back at once, and the vCPU waits then
             else:
@@ -240,6 +243,11 @@ class Runner:
         exit = exits.decode(self.vcpu.native)
         if isinstance(exit, exits.MmioRead):
             exit.reply(reply)
+        self._holding = True  # exceptions and NMIs are part of what the device does; interrupts wait for run()
+        try:
+            self._read_messages()
+        finally:
+            self._holding = False
         stop, self._stop = self._stop, None
         return stop
 
@@ -263,7 +271,8 @@ class Runner:
 
         def queue() -> None:
             self._vectors.append(vector)
-            self._offer_interrupts()
+            if not self._holding:
+                self._offer_interrupts()
 
         self.post(queue)
 

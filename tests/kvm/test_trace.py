@@ -335,6 +335,11 @@ def test_a_step_that_is_finished_in_user_space():
     assert steps[1].exit in ("", "INTERNAL_ERROR: KVM's emulator does not know it")  # where KVM emulates CPL0 code
 
 
+def test_an_exception_that_a_device_injects_comes_amid_steps(capfd):
+    out, _ = lines(capfd, "inject_exception", "--step")
+    assert out[-1].endswith("debug exit <- 0x0")
+
+
 def test_steps_in_real_mode():
     steps, _ = stepped("mov ax, 0x900; mov ds, ax; mov byte ptr [0x10], 7; hlt", 16)
     assert steps[1].registers["ds"] == (0, 0x900)
