@@ -81,7 +81,7 @@ class ImageOrigin:
             handover = Handover(config.append, config.modules)
         if config.platform != "pykvm":
             firmware = config.info.protocol == "firmware"
-            with config.blames("memory"):
+            with config.blames("memory", "platform"):
                 rsdp = machine.pc.prepare(machine.memory, machine.vm, firmware=firmware)
             _keep_out_of_tables(config.info, machine.pc.tables)
             if handover is not None:

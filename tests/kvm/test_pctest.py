@@ -1,5 +1,7 @@
 """The platform pc-test around real guests: interrupt lines, routes, tables, power-off, the debug port."""
 
+import random
+
 import pytest
 
 from pykvm import ConfigError, GuestImageError, Machine, asm
@@ -118,6 +120,23 @@ def test_a_flushed_page_is_mapped_anew():
 def test_power_off_ends_the_run():
     _, result = run("mov dx, 0x604\n mov ax, 0x2000\n out dx, ax\n hlt")
     assert (result.reason, result.exit_code) == ("power-off", 0)
+
+
+@pytest.mark.parametrize("irqchip", ["kernel", "split"])
+def test_any_access_anywhere(irqchip):
+    """Reads and writes at, across and beside every device's registers: nothing raises, and no answer is out of range."""
+    chance = random.Random(1)
+    with Machine("hello", platform="pc-test", irqchip=irqchip) as machine:
+        bus = machine.bus
+        for _ in range(2000):
+            space, widths = (bus.mmio, range(1, 9)) if chance.random() < 0.2 else (bus.pio, (1, 2, 4))
+            claimed, size = chance.choice(space.ranges), chance.choice(widths)
+            at = min(max(0, claimed.base + chance.randrange(-3, claimed.length + 2)), space.limit - size)
+            if chance.random() < 0.5:
+                assert 0 <= bus.read(space.name, at, size) < 1 << 8 * size
+            else:
+                bus.write(space.name, at, size, chance.choice((0, 1, 0x20, chance.getrandbits(8 * size))) & (1 << 8 * size) - 1)
+            machine.pc.tick()
 
 
 def test_cpus_agree_everywhere():
