@@ -190,6 +190,7 @@ struct pykvm_vcpu {
 	uint32_t kicked;		/* PYKVM_KICKED bits since the last EINTR */
 	uint32_t ticked;		/* the session's timer fired since the last EINTR */
 	uint32_t was_kicked, was_ticked;	/* what the last EINTR found */
+	uint32_t sessions;		/* how many there have been: who sees the same number knows that the guest has not run */
 	int32_t tid;			/* the thread of the session, 0: none */
 	int32_t process;		/* and its process: a forked child inherits tid */
 	int32_t signal;			/* the signal that interrupts it */

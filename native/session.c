@@ -234,6 +234,7 @@ int pykvm_begin(struct pykvm_vcpu *v, uint64_t first_ns, uint64_t interval_ns)
 		thread_id = (int32_t)syscall(SYS_gettid);
 		thread_serial = __atomic_add_fetch(&serials, 1, __ATOMIC_SEQ_CST);
 	}
+	v->sessions++;
 	r = bind(v);
 	if (r == 0 && first_ns) {
 		r = start_timer(v, first_ns, interval_ns);

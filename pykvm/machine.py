@@ -22,6 +22,7 @@ from pykvm.pc import Pc
 from pykvm.platform import EXCEPTION_REPORT, HYPERCALL_GPA, HYPERCALL_PORT, IOAPIC_GPA
 from pykvm.result import Result
 from pykvm.runner import WATCHFUL, Runner, Stop
+from pykvm.saveable import Saveable
 from pykvm.smp import VcpuGroup
 from pykvm.start import ImageOrigin
 from pykvm.system import System
@@ -44,8 +45,6 @@ if TYPE_CHECKING:
     from pykvm.records import RecordRing, StatRow, Stats
     from pykvm.services import Services
     from pykvm.start import Origin
-    from pykvm.state.machinestate import MachineState
-    from pykvm.state.restore import StateOrigin
     from pykvm.symbols import Symbols
     from pykvm.vcpu import VCPU
     from pykvm.x86.assist import Assist
@@ -54,7 +53,7 @@ if TYPE_CHECKING:
 __all__ = ["Machine", "Result"]
 
 
-class Machine(Closes):
+class Machine(Saveable, Closes):
     """A guest, a context manager.
 
     ``image``: the name of a gallery guest, a path (anything with a ``/`` or a file that exists), or the bytes of an image.
@@ -160,11 +159,9 @@ class Machine(Closes):
         self._stats: Stats | None = None
         self._ledger: Ledger | None = None
         self.services: Services | None = None
-        self.restored: StateOrigin | None = None
         self.waiting_devices: dict[tuple[str, int], dict[str, Any] | None] = {}
         self._assist: Assist | None = None
         self._lines: dict[int, IrqLine] = {}  # by GSI: who asks for one twice gets the same
-        self._clock: int | None = None  # where kvmclock stands while it does
         self._running, self._clock_lock = False, RLock()
         self.on_heartbeat: Callable[[], object] | None = None
         self.msrs: MsrHandlers | None = None
@@ -338,9 +335,7 @@ class Machine(Closes):
                 claimed.undo.append(lambda: self.vm.coalesce(space.name, at, length, remove=True))
                 for vcpu in self.vcpus:
                     vcpu.want_coalesced()
-            state = self.waiting_devices.pop((space.name, at), None) if self.waiting_devices else None
-            if state is not None and hasattr(device, "load"):
-                device.load(state)
+            self._give_state(space.name, at, device)
         except BaseException:
             self.remove_device(claimed)
             raise
@@ -498,60 +493,6 @@ class Machine(Closes):
         if self.moved_to is not None:
             raise ConfigError(f"the guest has moved to {self.moved_to}: this copy must not run")
 
-    def _turn_clock(self, *, running: bool | None = None, paused: bool | None = None) -> None:
-        """kvmclock goes while a run is in progress that is not paused, and stands still else."""
-        if self.vm.irqchip == "none":
-            return
-        with self._clock_lock:
-            if running is not None:
-                self._running = running
-            goes = self._running and not (self.group.paused if paused is None else paused)
-            if goes and self._clock is not None:
-                self.vm.set_clock(self._clock)
-                self._clock = None
-            elif not goes and self._clock is None:
-                self._clock = int(self.vm.get_clock().clock)
-
-    @property
-    def clock(self) -> int | None:
-        """Where kvmclock stands, in nanoseconds, while it does: with an irqchip, whenever no run is in progress; else None."""
-        return self._clock
-
-    @clock.setter
-    def clock(self, nanoseconds: int) -> None:
-        if self.vm.irqchip == "none":
-            self.vm.set_clock(nanoseconds)
-        else:
-            self._clock = nanoseconds
-
-    # --- state -------------------------------------------------------------------------------------------------------
-
-    def save(self) -> MachineState:
-        """All of the machine but its memory's bytes, as plain data (state/save.py). It must stand still, or be paused; it may go on."""
-        from pykvm.state.save import save
-
-        return save(self)
-
-    @classmethod
-    def restore(cls, state: MachineState, memory: GuestMemory, *, adapt: bool = False, accept_tsc: bool = False, **options: Any) -> Machine:
-        """A machine that goes on where a saved one stood (state/restore.py).
-
-        ``memory``: its slots, with the guest's bytes; it belongs to the machine from now on. ``options``: pin, loop, stats, ledger,
-        on_output, poll_input and system, as for a new one. ``adapt`` drops what this host lacks and the guest has not in use;
-        ``accept_tsc``: another TSC frequency is all right (state/compat.py). Raises StateError and IncompatibleStateError.
-        """
-        from pykvm.state.restore import StateOrigin, config_of
-
-        machine = cls.__new__(cls)
-        try:
-            config, origin = config_of(state), StateOrigin(state, memory, adapt, accept_tsc)
-            machine._make(config, origin, **options)
-        except BaseException:
-            memory.close()
-            raise
-        machine.restored = origin
-        return machine
-
     def exit_counts(self) -> dict[int, int]:
         """Exits of all vCPUs, by number of their reason."""
         counts: dict[int, int] = {}
@@ -632,6 +573,7 @@ class Machine(Closes):
 
     def close(self) -> None:
         """Close vCPU, VM and /dev/kvm, then let go of the memory."""
+        self._forget()
         if hasattr(self, "vm"):
             self.vm.close()
         self._closed = True

@@ -40,7 +40,8 @@ GPA_LIMIT = 1 << 52
 class MemSlot:
     """One memslot: ``size`` bytes of host memory at guest physical address ``gpa``.
 
-    ``id`` numbers it within its GuestMemory, ``backing`` says where the bytes come from ("anonymous", "memfd", "hugetlb" or a path),
+    ``id`` numbers it within its GuestMemory, ``backing`` says where the bytes come from ("anonymous", "memfd", "hugetlb", "private"
+    for copy-on-write of a saved or shared memory, or a path),
     ``readonly`` that a guest's write exits as MMIO (KVM_CAP_READONLY_MEM), ``hva`` its host virtual address, ``fd`` the memfd, which
     another process may map too, else -1.
     """
@@ -98,6 +99,7 @@ class GuestMemory(Closes):
         self._starts: list[int] = []
         self._views: dict[int, tuple[ref[Any], MemSlot, int, int]] = {}  # that are alive, and what each covers
         self._log: HostWrites | None = None
+        self._log_yields = False
 
     @classmethod
     def of_size(cls, size: int | str, backing: Backing = "anonymous") -> GuestMemory:
@@ -157,16 +159,30 @@ class GuestMemory(Closes):
         del self._slots[at], self._starts[at]
         slot.close()
 
+    def add_private(self, gpa: int, size: int, fd: int, *, readonly: bool = False) -> MemSlot:
+        """A slot whose bytes are those of the file ``fd`` until one side writes: copy-on-write. The fd is the caller's."""
+        slot = self.add(gpa, size, readonly=readonly)
+        self.make_private(slot, fd)
+        return slot
+
+    def make_private(self, slot: MemSlot, fd: int) -> None:
+        """The content of the file ``fd`` in place of the slot's own, at the same address, copy-on-write."""
+        error = lib.pykvm_remap_private(slot.hva, slot.size, fd)
+        if error:
+            raise ConfigError(f"{slot!r} cannot be mapped: {os.strerror(-error)}")
+        slot.backing = "private"
+
     def replace(self, slot: MemSlot) -> MemSlot:
         """Other host memory with the same content for an anonymous or memfd ``slot``: same id, gpa and size, another hva.
 
         Views of the old memory see the guest no more. KVM has to be told (Machine.move_slot).
         """
-        if slot.backing not in ("anonymous", "memfd", "hugetlb"):
+        if slot.backing not in ("anonymous", "memfd", "hugetlb", "private"):
             raise ConfigError(f"{slot!r} is a mapped file: its content belongs where it is")
-        mapping, fd = _map(slot.size, slot.backing, False, slot.readonly, 0)
+        backing = "anonymous" if slot.backing == "private" else slot.backing
+        mapping, fd = _map(slot.size, backing, False, slot.readonly, 0)
         mapping[:] = slot.map[:]
-        new = MemSlot(slot.id, slot.gpa, slot.size, slot.backing, slot.readonly, mapping, fd)
+        new = MemSlot(slot.id, slot.gpa, slot.size, backing, slot.readonly, mapping, fd)
         self._slots[self._slots.index(slot)] = new
         slot.close()
         return new
@@ -329,12 +345,19 @@ class GuestMemory(Closes):
 
     # --- what the host writes ----------------------------------------------------------------------------------------
 
-    def log_writes(self) -> HostWrites:
-        """Note from now on which pages the host writes (hostwrites.py), until stop_log()."""
+    def log_writes(self, *, yields: bool = False) -> HostWrites:
+        """Note from now on which pages the host writes (hostwrites.py), until stop_log(). One log at a time; one that ``yields`` ends when
+        another begins. Raises ConfigError."""
         from pykvm.hostwrites import HostWrites
 
-        self._log = HostWrites(self.slots)
+        if self._log is not None and not self._log_yields:
+            raise ConfigError("the memory is being logged already: a migration is under way, or the machine has a checkpoint")
+        self._log, self._log_yields = HostWrites(self.slots), yields
         return self._log
+
+    def unwritten(self, log: HostWrites) -> bool:
+        """Whether ``log`` is the one that is kept, and the host has written nothing since it began."""
+        return self._log is log and not log and not self._views
 
     def stop_log(self) -> None:
         """No more of log_writes()."""

@@ -58,6 +58,16 @@ class System(Closes):
             self.close()
             raise KvmUnavailableError(path, f"KVM API version {self.api_version}, but pykvm speaks {API_VERSION}")
 
+    def another(self) -> System:
+        """A System of its own fd that need not ask again what this one has asked."""
+        other = System.__new__(System)
+        other.path, other.api_version, other._cpuid, other._caps, other._run_size = (
+            self.path, self.api_version, self._cpuid, self._caps, self._run_size
+        )  # fmt: skip
+        other.fd = -1
+        other.fd = os.dup(self.fd)
+        return other
+
     def check_extension(self, cap: str) -> int:
         """KVM_CHECK_EXTENSION: what the host answers for a capability by its KVM_CAP_ name; 0 means it is absent. Asked once each."""
         value = self._caps.get(cap)

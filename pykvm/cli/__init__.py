@@ -35,6 +35,8 @@ COMMANDS = {
     "doctor": "what this host's KVM is and can do, and where that was read",
     "cpu": "CPU models: what this host can give of each, and what KVM makes of it",
     "bench": "measure exits beside a plain C loop",
+    "snapshot": "run a guest up to a place, and save it in a directory",
+    "resume": "go on with a guest that was saved",
     "gdb": "run a guest under gdb: breakpoints, steps, memory, one thread a vCPU",
     "migrate": "move a running guest to another process, while it runs",
     "receive": "wait for a guest that migrates here, and run it",

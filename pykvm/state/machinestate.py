@@ -99,14 +99,18 @@ class MachineState:
             tree = json.loads(text)
         except (ValueError, RecursionError) as error:
             raise StateError("state", f"it is no JSON: {str(error)[:100]}") from None
+        return cls.of_json_tree(tree)
+
+    @classmethod
+    def of_json_tree(cls, tree: Any) -> MachineState:
+        """The same for JSON that is read already."""
         if type(tree) is not dict or type(tree.get("version")) is not int:
             raise StateError("state", "it is no state of pykvm's")
         if tree["version"] != VERSION:
             raise StateError(
                 "state", f"it is of version {tree['version']}, this pykvm knows {VERSION}: use the pykvm that made it, or newer"
             )
-        del tree["version"]
-        return cls.of_tree(tree)
+        return cls.of_tree({name: value for name, value in tree.items() if name != "version"})
 
     @classmethod
     def of_tree(cls, tree: Any) -> MachineState:

@@ -11,6 +11,7 @@ from pykvm.loaders import peek
 from pykvm.loaders.image import BootState, ImageInfo
 from pykvm.loaders.source import read_image
 from pykvm.state import vcpustate, vmstate
+from pykvm.state.machinestate import MachineState
 from pykvm.state.save import boot_id, device_places
 
 TYPE_CHECKING = False
@@ -19,9 +20,8 @@ if TYPE_CHECKING:
 
     from pykvm.machine import Machine
     from pykvm.memory import GuestMemory
-    from pykvm.state.machinestate import MachineState
 
-__all__ = ["StateOrigin", "config_of"]
+__all__ = ["StateOrigin", "config_of", "restored_machine"]
 
 
 def config_of(state: MachineState) -> Config:
@@ -61,6 +61,33 @@ def _image(m: dict[str, Any]) -> tuple[bytes, ImageInfo]:
         pass
     why = "as the saved state says"
     return b"", ImageInfo(m["image"], "state", m["mode"], m["entry"], [], m["note"], why=why, protocol=m["protocol"])
+
+
+def restored_machine(
+    kind: type[Machine],
+    source: MachineState | str | os.PathLike[str],
+    memory: GuestMemory | None,
+    verify: bool,
+    adapt: bool,
+    accept_tsc: bool,
+    options: dict[str, Any],
+) -> Machine:
+    """What Machine.restore() does."""
+    if not isinstance(source, MachineState):
+        from pykvm.state.snapshot import open_snapshot
+
+        source, memory = open_snapshot(source, verify=verify)
+    if memory is None:
+        raise ConfigError("a state without memory: give memory=, its slots with the guest's bytes, or a snapshot's directory")
+    try:
+        config, origin = config_of(source), StateOrigin(source, memory, adapt, accept_tsc)
+        machine = kind.__new__(kind)
+        machine._make(config, origin, **options)
+    except BaseException:
+        memory.close()
+        raise
+    machine.restored = origin
+    return machine
 
 
 class StateOrigin:

@@ -84,8 +84,8 @@ def read(vm: VM, vcpu: VCPU, msrs: Iterable[int]) -> dict[str, Any]:
         "lapic": None if vm.irqchip == "none" else vcpu.get_lapic().to_bytes().hex(),
         "msrs": [[index, value] for index, value in vcpu.get_msrs(msrs).items()],
         "mp_state": vcpu.get_mp_state(),
-        "events": _events(vcpu),
-        "nested": _read_nested(vm.system, vcpu),
+        "events": events_of(vcpu),
+        "nested": nested_of(vm.system, vcpu),
     }
 
 
@@ -109,7 +109,7 @@ def xsave_layout(cpuid: Cpuid) -> list[list[int]]:
     return [[e.index, e.ebx, e.eax] for e in cpuid if e.function == 0xD and e.index > 1 and e.ebx]
 
 
-def _events(vcpu: VCPU) -> dict[str, Any]:
+def events_of(vcpu: VCPU) -> dict[str, Any]:
     """Without KVM_CAP_EXCEPTION_PAYLOAD, an exception that is pending is also injected, and is taken back as that alone."""
     events = plain(vcpu.get_vcpu_events())
     if not events["flags"] & lib.KVM_VCPUEVENT_VALID_PAYLOAD:
@@ -128,7 +128,7 @@ def _canonical(area: bytes, layout: list[list[int]]) -> bytes:
     return area[:_LEGACY] + keep.to_bytes(8, "little") + area[_LEGACY + 8 :]
 
 
-def _read_nested(system: System, vcpu: VCPU) -> str | None:
+def nested_of(system: System, vcpu: VCPU) -> str | None:
     """Nested state, if there is any: None for a guest that has made no use of VMX or SVM."""
     size = system.check_extension("KVM_CAP_NESTED_STATE")
     if not size:

@@ -13,14 +13,14 @@ LEVELS = {
     1: ["abi", "assemble", "console", "gallery", "memorymap", "hostwrites", "unixsocket"],
     2: ["system", "vm", "vcpu", "memory", "exits", "exit_reason", "bus", "disasm", "symbols", "records", "kvmstats", "cpuid", "irq"],
     3: ["x86", "devices", "loaders", "tables"],
-    4: ["machine", "config", "start", "pc", "pctest", "result", "runner", "smp", "turns", "msrs", "services", "needs", "probe"],
+    4: ["machine", "config", "start", "saveable", "pc", "pctest", "result", "runner", "smp", "turns", "msrs", "services", "needs", "probe"],
     5: ["debug", "state", "bench", "hosts", "doctor", "ledger", "ledgerfile", "tracefs"],
     6: ["cli", "__main__"],
 }
 LEVEL = {name: level for level, names in LEVELS.items() for name in names}
 # The explainer is called by Machine when a guest has stopped, the ledger when it is asked for; they are imported then.
 # So are page walks and, in a notebook, HTML.
-ALLOWED = {("machine", "debug"), ("records", "debug"), ("machine", "ledger"), ("machine", "state"), ("vcpu", "debug"), ("vm", "debug")}
+ALLOWED = {("machine", "debug"), ("records", "debug"), ("machine", "ledger"), ("saveable", "state"), ("vcpu", "debug"), ("vm", "debug")}
 ALLOWED |= {("abi", "debug"), ("exits", "debug"), ("memory", "debug"), ("result", "debug")}
 NO_KVM = {"abi", "vm", "vcpu", "system"}
 

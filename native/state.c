@@ -1,0 +1,314 @@
+/* See state.h. */
+#define _GNU_SOURCE
+#include "state.h"
+
+#include <errno.h>
+#include <fcntl.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/ioctl.h>
+#include <sys/mman.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+#include "migrate.h"
+
+#define PAGE 4096u
+
+static int is_zero(const uint8_t *page)
+{
+	uint64_t word[8];
+
+	for (uint32_t at = 0; at < PAGE; at += sizeof(word)) {
+		memcpy(word, page + at, sizeof(word));
+		if (word[0] | word[1] | word[2] | word[3] | word[4] | word[5] | word[6] | word[7])
+			return 0;
+	}
+	return 1;
+}
+
+/* --- memory files -------------------------------------------------------------------------------------------------------- */
+
+/* A chunk's checksum goes over its pages that are not zero, each with its number before it: 0 for a chunk of zeros. */
+static uint32_t add_page(uint32_t sum, uint32_t number, const uint8_t *page)
+{
+	return pykvm_crc32c(pykvm_crc32c(sum, (const uint8_t *)&number, sizeof(number)), page, PAGE);
+}
+
+static int write_all(int fd, const uint8_t *data, uint64_t size, uint64_t at)
+{
+	while (size) {
+		ssize_t done = pwrite(fd, data, size, (off_t)at);
+
+		if (done < 0 && errno == EINTR)
+			continue;
+		if (done <= 0)
+			return done ? -errno : -EIO;
+		data += done, size -= (uint64_t)done, at += (uint64_t)done;
+	}
+	return 0;
+}
+
+/* Write memory to the file, which is sparse: zero pages are left out. One checksum a chunk. Returns bytes written, or -errno. */
+int64_t pykvm_save_pages(int fd, const uint8_t *memory, uint64_t size, uint32_t *sums)
+{
+	int64_t written = 0;
+
+	for (uint64_t start = 0; start < size; start += PYKVM_CHUNK) {
+		uint64_t end = size - start < PYKVM_CHUNK ? size : start + PYKVM_CHUNK, run = start, at;
+		uint32_t sum = 0;
+		int r = 0;
+
+		for (at = start; at < end && !r; at += PAGE) {
+			if (!is_zero(memory + at)) {
+				sum = add_page(sum, (uint32_t)((at - start) / PAGE), memory + at);
+				continue;
+			}
+			if (run < at)
+				r = write_all(fd, memory + run, at - run, run);
+			written += (int64_t)(at - run);
+			run = at + PAGE;
+		}
+		if (!r && run < end) {
+			r = write_all(fd, memory + run, end - run, run);
+			written += (int64_t)(end - run);
+		}
+		if (r)
+			return r;
+		sums[start / PYKVM_CHUNK] = sum;
+	}
+	return written;
+}
+
+/* -1: the file has these checksums; else the number of the first chunk that has not, or -errno - 1. */
+int64_t pykvm_check_pages(int fd, uint64_t size, const uint32_t *sums)
+{
+	uint8_t *chunk = malloc(PYKVM_CHUNK);
+	int64_t bad = -1;
+
+	if (!chunk)
+		return -ENOMEM - 1;
+	for (uint64_t start = 0; start < size && bad == -1; start += PYKVM_CHUNK) {
+		uint64_t length = size - start < PYKVM_CHUNK ? size - start : PYKVM_CHUNK, have = 0;
+		uint32_t sum = 0;
+
+		while (have < length) {
+			ssize_t done = pread(fd, chunk + have, length - have, (off_t)(start + have));
+
+			if (done < 0 && errno == EINTR)
+				continue;
+			if (done <= 0) {
+				bad = done ? -errno - 1 : (int64_t)(start / PYKVM_CHUNK);
+				break;
+			}
+			have += (uint64_t)done;
+		}
+		for (uint64_t at = 0; at < length && bad == -1; at += PAGE)
+			if (!is_zero(chunk + at))
+				sum = add_page(sum, (uint32_t)(at / PAGE), chunk + at);
+		if (bad == -1 && sum != sums[start / PYKVM_CHUNK])
+			bad = (int64_t)(start / PYKVM_CHUNK);
+	}
+	free(chunk);
+	return bad;
+}
+
+/* Both names change places at once. */
+int pykvm_exchange(const char *a, const char *b)
+{
+	return syscall(SYS_renameat2, AT_FDCWD, a, AT_FDCWD, b, 2 /* RENAME_EXCHANGE */) ? -errno : 0;
+}
+
+/* --- copies -------------------------------------------------------------------------------------------------------------- */
+
+/* Copy into memory that is zero; returns how many pages were not. */
+uint64_t pykvm_copy_pages(uint8_t *to, const uint8_t *from, uint64_t size)
+{
+	uint64_t pages = 0;
+
+	for (uint64_t at = 0; at < size; at += PAGE) {
+		if (is_zero(from + at))
+			continue;
+		memcpy(to + at, from + at, PAGE);
+		pages++;
+	}
+	return pages;
+}
+
+/* The file's content in place of what is mapped there, copy-on-write. */
+int pykvm_remap_private(uint64_t hva, uint64_t size, int fd)
+{
+	void *at = mmap((void *)(uintptr_t)hva, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_FIXED | MAP_NORESERVE, fd, 0);
+
+	return at == MAP_FAILED ? -errno : 0;
+}
+
+/* --- reset --------------------------------------------------------------------------------------------------------------- */
+
+#define CR0_PG (1ull << 31)
+
+static int fail(struct pykvm_reset *r, const char *name)
+{
+	r->failed = name;
+	return -errno;
+}
+
+/* KVM_RUN that enters no guest: KVM completes an access that waits, and takes registers from kvm_run. */
+static int touch(struct pykvm_reset *r, struct pykvm_vcpu *v)
+{
+	int tries = 0;
+
+	v->run->immediate_exit = 1;
+	while (!ioctl(v->fd, KVM_RUN, 0) || errno == EAGAIN)	/* another access of the same instruction: nobody wants to know */
+		if (++tries > 1 << 20) {
+			errno = ELOOP;
+			break;
+		}
+	v->run->immediate_exit = v->kicked != 0;
+	return errno == EINTR ? 0 : fail(r, "KVM_RUN");
+}
+
+/* What the guest had asked of user space, and what it would have been told, is gone. */
+static void forget_exit(struct pykvm_vcpu *v)
+{
+	v->last = PYKVM_ERROR;
+	v->stashed = v->appended = 0;
+	v->reply_size = 0;
+	if (v->coalesced)
+		v->coalesced->first = v->coalesced->last;
+}
+
+/* Whether another tree of page tables was in use than at the checkpoint. */
+static int paging_changed(struct pykvm_reset *r, struct pykvm_reset_vcpu *c)
+{
+	struct kvm_sregs now;
+
+	if (r->syncs)
+		now = c->v->run->s.regs.sregs;
+	else if (ioctl(c->v->fd, KVM_GET_SREGS, &now))
+		return 1;
+	return (now.cr0 ^ c->sregs.cr0) & CR0_PG || ((now.cr0 & CR0_PG) && (now.cr3 != c->sregs.cr3 || now.cr4 != c->sregs.cr4));
+}
+
+static int put_slot(struct pykvm_reset *r, struct pykvm_reset_slot *s, int *tables)
+{
+	uint64_t words = (s->region.memory_size / PAGE + 63) / 64;
+	struct kvm_dirty_log log = { .slot = s->region.slot };
+
+	log.dirty_bitmap = s->dirty;
+	if (ioctl(r->vm_fd, KVM_GET_DIRTY_LOG, &log))
+		return fail(r, "KVM_GET_DIRTY_LOG");
+	for (uint64_t w = 0; w < words; w++) {
+		uint64_t bits = s->dirty[w] | s->host[w];
+
+		if (!bits)
+			continue;
+		s->host[w] = 0;
+		if (bits & s->tables[w])
+			*tables = 1;
+		for (; bits; bits &= bits - 1) {
+			uint64_t at = (w * 64 + (uint64_t)__builtin_ctzll(bits)) * PAGE;
+
+			memcpy((uint8_t *)(uintptr_t)s->region.userspace_addr + at, s->base + at, PAGE);
+			r->pages++;
+		}
+	}
+	return 0;
+}
+
+/* KVM forgets all that it has made of the guest's page tables when a slot goes. */
+static int flush_slots(struct pykvm_reset *r)
+{
+	r->flushes++;
+	for (uint32_t i = 0; i < r->slots; i++) {
+		struct kvm_userspace_memory_region region = r->slot[i].region;
+
+		region.memory_size = 0;
+		if (ioctl(r->vm_fd, KVM_SET_USER_MEMORY_REGION, &region) ||
+		    ioctl(r->vm_fd, KVM_SET_USER_MEMORY_REGION, &r->slot[i].region))
+			return fail(r, "KVM_SET_USER_MEMORY_REGION");
+	}
+	return 0;
+}
+
+#define SET(fd, name, argument)			\
+	do {					\
+		if (ioctl(fd, name, argument) < 0)	\
+			return fail(r, #name);	\
+	} while (0)
+
+static int put_vcpu(struct pykvm_reset *r, struct pykvm_reset_vcpu *c)
+{
+	struct kvm_run *run = c->v->run;
+	int fd = c->v->fd;
+
+	run->cr8 = c->sregs.cr8;
+	if (r->syncs) {
+		run->s.regs.regs = c->regs;
+		run->s.regs.sregs = c->sregs;
+		run->s.regs.events = c->events;
+		run->kvm_dirty_regs = KVM_SYNC_X86_REGS | KVM_SYNC_X86_SREGS | KVM_SYNC_X86_EVENTS;
+		if (touch(r, c->v))
+			return -errno;
+	} else {
+		SET(fd, KVM_SET_SREGS, &c->sregs);
+		SET(fd, KVM_SET_REGS, &c->regs);
+	}
+	if (c->has_xcrs)
+		SET(fd, KVM_SET_XCRS, &c->xcrs);
+	if (c->xsave)
+		SET(fd, KVM_SET_XSAVE, c->xsave);
+	if (c->has_debugregs)
+		SET(fd, KVM_SET_DEBUGREGS, &c->debugregs);
+	if (c->lapic)
+		SET(fd, KVM_SET_LAPIC, c->lapic);
+	if (c->msrs) {
+		int done = ioctl(fd, KVM_SET_MSRS, c->msrs);
+
+		if (done != (int)c->msrs->nmsrs) {
+			errno = done < 0 ? errno : EINVAL;
+			return fail(r, "KVM_SET_MSRS");
+		}
+	}
+	if (c->lapic)
+		SET(fd, KVM_SET_MP_STATE, &c->mp_state);
+	if (!r->syncs)
+		SET(fd, KVM_SET_VCPU_EVENTS, &c->events);
+	run->ready_for_interrupt_injection = 0;
+	return 0;
+}
+
+/* All back to where it was. No vCPU may be in a run. Returns 0, or -errno with the ioctl's name in failed. */
+int pykvm_reset(struct pykvm_reset *r)
+{
+	int changed = 0, error;
+
+	r->pages = 0;
+	for (uint32_t i = 0; i < r->vcpus; i++) {
+		struct pykvm_vcpu *v = r->vcpu[i].v;
+		uint64_t valid = v->run->kvm_valid_regs;
+
+		if (r->syncs)
+			v->run->kvm_valid_regs |= KVM_SYNC_X86_SREGS;
+		error = touch(r, v);
+		v->run->kvm_valid_regs = valid;
+		if (error)
+			return error;
+		forget_exit(v);
+		changed |= paging_changed(r, &r->vcpu[i]);
+	}
+	for (uint32_t i = 0; i < r->slots; i++)
+		if ((error = put_slot(r, &r->slot[i], &changed)))
+			return error;
+	if (changed && (error = flush_slots(r)))
+		return error;
+	for (uint32_t i = 0; i < r->vcpus; i++)
+		if ((error = put_vcpu(r, &r->vcpu[i])))
+			return error;
+	for (uint32_t i = 0; i < r->irqchips; i++)
+		SET(r->vm_fd, KVM_SET_IRQCHIP, &r->irqchip[i]);
+	if (r->pit)
+		SET(r->vm_fd, KVM_SET_PIT2, r->pit);
+	return 0;
+}

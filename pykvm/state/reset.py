@@ -1,0 +1,309 @@
+"""A checkpoint of a machine, and reset() to it: registers, devices and the pages that were written since, for fuzzing and grading loops.
+
+The pages are those of KVM's dirty log and those that the host has written (hostwrites.py); native/state.c puts them and the vCPUs back in
+one call. Devices are asked for their state once; those that the guest has not touched since are left alone.
+
+**Page tables.** KVM, or the CPU, remembers what it has read in the guest's page tables. When a page that the tables at the checkpoint are
+made of was written since, or the guest stands on other tables than then (CR3, CR4, CR0.PG), KVM is made to forget it all: every slot is
+taken away and given back. That costs some tens of microseconds, and each later access its way through the tables again.
+
+What is not put back: clocks (the TSC, a PIT's count goes on from its start), counters of exits, and what no device states of itself.
+"""
+
+from __future__ import annotations
+
+import mmap
+from functools import partial
+from struct import iter_unpack
+
+from pykvm.abi import ffi, lib
+from pykvm.errors import ConfigError, GuestMemoryError, KvmError, StateError
+from pykvm.state import vcpustate
+from pykvm.state.plain import struct
+from pykvm.state.save import device_places, settle
+from pykvm.units import PAGE_SIZE
+from pykvm.x86.regs import CR0, CR4, EFER
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from typing import Any
+
+    from pykvm.bus import Range
+    from pykvm.machine import Machine
+    from pykvm.memory import GuestMemory
+    from pykvm.vcpu import VCPU
+
+__all__ = ["Checkpoint", "page_tables"]
+
+_ADDRESS = 0xFFFFFFFFFF000  # bits 12 to 51 of a page table entry
+_LARGE = 1 << 7
+
+
+class Checkpoint:
+    """Where a machine stood. One at a time for each machine: KVM keeps one dirty log.
+
+    ``pages``: how many the last reset() has put back; ``flushes``: resets that had to have KVM forget its page tables.
+    Raises ConfigError, StateError (nested virtualization in use) and KvmError.
+    """
+
+    def __init__(self, machine: Machine) -> None:
+        settle(machine)
+        self._machine = machine
+        self._keep: list[Any] = []  # cffi objects that the native structure points at
+        self._copies: list[mmap.mmap] = []
+        self._undo: list[Callable[[], object]] = []
+        self._touched: set[int] = set()
+        self._native = ffi.new("struct pykvm_reset *")
+        try:
+            self._add_slots()
+            self._add_vcpus()
+            self._add_chips()
+            self._add_devices()
+        except BaseException:
+            self.close()
+            raise
+        self._clock = machine.clock
+        self._vectors = [list(runner.vectors) for runner in machine.runners]
+        self._console, self._dropped = len(machine.console.data), machine.console.dropped
+        self._services = None if machine.services is None else machine.services.save()
+
+    @property
+    def pages(self) -> int:
+        """Put back by the last reset()."""
+        return int(self._native.pages)
+
+    @property
+    def flushes(self) -> int:
+        """Resets that had KVM forget its page tables."""
+        return int(self._native.flushes)
+
+    # --- making it ---------------------------------------------------------------------------------------------------
+
+    def _add_slots(self) -> None:
+        machine = self._machine
+        vm, memory = machine.vm, machine.memory
+        self._slots = {number: slot for number, slot in vm.handle.slots.items() if not slot.readonly}
+        self._all_slots = dict(vm.handle.slots)
+        rows = ffi.new("struct pykvm_reset_slot[]", len(self._slots))
+        self._keep.append(rows)
+        self._log = memory.log_writes()
+        self._undo.append(memory.stop_log)
+        self._marks = []
+        for row, (number, slot) in zip(rows, self._slots.items(), strict=False):
+            vm.log_dirty_pages(slot)
+            self._undo.append(partial(_stop_logging, machine, slot))
+            words = -(-slot.size // PAGE_SIZE // 64)
+            dirty, host, tables = (ffi.new("uint64_t[]", words) for _ in range(3))
+            copy = mmap.mmap(-1, slot.size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | 0x4000)  # MAP_NORESERVE
+            self._copies.append(copy)
+            base = ffi.from_buffer("uint8_t[]", copy)
+            lib.pykvm_copy_pages(base, ffi.cast("uint8_t *", slot.hva), slot.size)
+            self._keep += [dirty, host, tables, base]
+            row.region = (number, lib.KVM_MEM_LOG_DIRTY_PAGES, slot.gpa, slot.size, slot.hva)
+            row.base, row.dirty, row.host, row.tables = base, dirty, host, tables
+            self._marks.append((slot, host))
+        for page in page_tables(self._machine):
+            for row in rows:
+                at = page - row.region.guest_phys_addr
+                if 0 <= at < row.region.memory_size:
+                    row.tables[at // PAGE_SIZE // 64] |= 1 << at // PAGE_SIZE % 64
+        native = self._native
+        native.vm_fd, native.slots, native.slot = vm.fd, len(self._slots), rows
+        for slot in self._slots.values():  # clean from now on
+            vm.get_dirty_log(slot, bytearray(-(-slot.size // PAGE_SIZE // 64) * 8))
+
+    def _add_vcpus(self) -> None:
+        machine, native = self._machine, self._native
+        cells = ffi.new("struct pykvm_reset_vcpu[]", machine.cpus)
+        self._keep.append(cells)
+        wanted = lib.KVM_SYNC_X86_REGS | lib.KVM_SYNC_X86_SREGS | lib.KVM_SYNC_X86_EVENTS
+        # A vCPU that waits for INIT takes no registers from kvm_run; those with a LAPIC are written by ioctls.
+        native.syncs = machine.vm.irqchip == "none" and machine.vm.sync_regs & wanted == wanted
+        native.vcpus, native.vcpu = machine.cpus, cells
+        indices = vcpustate.msr_indices(machine.system)
+        for cell, vcpu in zip(cells, machine.vcpus, strict=False):
+            if vcpustate.nested_of(machine.system, vcpu) is not None:
+                raise StateError(f"vcpus[{vcpu.id}]", "nested virtualization is in use: a checkpoint cannot hold that")
+            self._fill_vcpu(cell, vcpu, indices)
+
+    def _fill_vcpu(self, cell: Any, vcpu: VCPU, indices: list[int]) -> None:
+        has = self._machine.system.check_extension
+        cell.v = vcpu.native
+        cell.regs, cell.sregs = vcpu.get_regs().cdata[0], vcpu.get_sregs().cdata[0]
+        cell.events, cell.debugregs = struct("struct kvm_vcpu_events", vcpustate.events_of(vcpu)).cdata[0], vcpu.get_debugregs().cdata[0]
+        cell.has_debugregs = 1
+        cell.mp_state.mp_state = vcpu.get_mp_state()
+        if has("KVM_CAP_XCRS"):
+            cell.xcrs, cell.has_xcrs = vcpu.get_xcrs().cdata[0], 1
+        xsave = ffi.new("char[]", vcpu.get_xsave())
+        cell.xsave = xsave
+        self._keep.append(xsave)
+        if self._machine.vm.irqchip != "none":
+            lapic = vcpu.get_lapic()
+            cell.lapic = lapic.cdata
+            self._keep.append(lapic)
+        values = {index: value for index, value in vcpu.get_msrs(indices).items() if index != vcpustate.TSC}
+        for index, _ in vcpu.set_msrs(values.items()):  # what KVM does not take, the guest cannot have changed
+            del values[index]
+        late = values.pop(vcpustate.TSC_DEADLINE, None)
+        rows = [*values.items(), *([] if late is None else [(vcpustate.TSC_DEADLINE, late)])]
+        msrs = ffi.new("struct kvm_msrs *", {"nmsrs": len(rows), "entries": [{"index": i, "data": v} for i, v in rows]})
+        cell.msrs = msrs
+        self._keep.append(msrs)
+
+    def _add_chips(self) -> None:
+        vm, native = self._machine.vm, self._native
+        if vm.irqchip != "kernel":
+            return
+        chips = ffi.new("struct kvm_irqchip[]", 3)
+        for i in range(3):
+            chips[i] = vm.get_irqchip(i).cdata[0]
+        pit = vm.get_pit2()
+        self._keep += [chips, pit]
+        native.irqchips, native.irqchip, native.pit = 3, chips, pit.cdata
+
+    def _add_devices(self) -> None:
+        """Each device's state, and a note of who is asked from now on."""
+        bus = self._machine.bus
+        self._devices = [
+            (device, device.save())
+            for _, _, _, device in device_places(self._machine)
+            if hasattr(device, "save") and hasattr(device, "load")
+        ]
+        places = {id(device): i for i, (device, _) in enumerate(self._devices)}
+        for space in (bus.pio, bus.mmio):
+            for claimed in space.ranges:
+                place = places.get(id(claimed.device))
+                if place is not None:
+                    self._undo.append(_watch(claimed, place, self._touched))
+            space.version += 1  # the run loops ask for the methods again
+        self._machine._on_bus_change()
+        # Time passes for devices that interrupt: those are put back each time.
+        self._always = self._machine.vm.irqchip != "none"
+        self._queue = bytes(self._machine.uart.queue)
+
+    # --- using it ----------------------------------------------------------------------------------------------------
+
+    def reset(self) -> None:
+        """Put the machine back; it must stand still. Raises ConfigError, StateError for what cannot be put back, KvmError."""
+        machine = self._machine
+        for runner in machine.runners:
+            if runner.vcpu.native.tid:
+                raise ConfigError("the machine is running: stop() the run first")
+        if machine.vm.handle.slots != self._all_slots:
+            raise StateError("slots", "memory slots have come or gone since the checkpoint: take another one")
+        if self._services is not None and machine.services is not None and machine.services.save() != self._services:
+            raise StateError("services", "the guest has set up interrupts or MSRs by hypercall since the checkpoint: take another one")
+        self._take_host_writes()
+        error = lib.pykvm_reset(self._native)
+        if error:
+            raise KvmError(
+                ffi.string(self._native.failed).decode(), -error, "a reset to the checkpoint: the machine is between two states now"
+            )
+        self._put_devices()
+        console = machine.console
+        del console.data[self._console :]
+        console.dropped = self._dropped
+        for runner, vectors in zip(machine.runners, self._vectors, strict=True):
+            runner.take_back_stop()
+            runner.vectors = vectors
+        if self._clock is not None:
+            machine.clock = self._clock
+
+    def _take_host_writes(self) -> None:
+        memory = self._machine.memory
+        memory.mark_views()
+        for slot, bitmap in self._marks:
+            for page in self._log.pages(slot):
+                bitmap[page // 64] |= 1 << page % 64
+
+    def _put_devices(self) -> None:
+        if self._always or self._machine.uart.queue != self._queue:
+            for device, state in self._devices:
+                device.load(state)
+        elif self._touched:
+            for place in self._touched:
+                device, state = self._devices[place]
+                device.load(state)
+        self._touched.clear()
+
+    def close(self) -> None:
+        """Forget it: no more dirty log, and the memory it held is given back."""
+        for undo in reversed(self._undo):
+            undo()
+        self._undo.clear()
+        self._keep.clear()
+        for copy in self._copies:
+            try:
+                copy.close()
+            except BufferError:
+                pass  # it goes with the last reference
+        self._copies.clear()
+
+
+def _stop_logging(machine: Machine, slot: Any) -> None:
+    if slot in machine.vm.handle.slots.values():
+        try:
+            machine.vm.log_dirty_pages(slot, False)
+        except KvmError:
+            pass  # the VM is gone, and its log with it
+
+
+def _watch(claimed: Range, place: int, touched: set[int]) -> Callable[[], object]:
+    """Note whether the range's device is asked; returns what undoes it."""
+    read, write = claimed.read, claimed.write
+    note = touched.add
+
+    def read_noted(offset: int, size: int) -> int:
+        note(place)
+        return read(offset, size)
+
+    def write_noted(offset: int, size: int, value: int) -> object:
+        note(place)
+        return write(offset, size, value)
+
+    def undo() -> None:
+        claimed.read, claimed.write = read, write
+
+    claimed.read, claimed.write = read_noted, write_noted
+    return undo
+
+
+def page_tables(machine: Machine) -> set[int]:
+    """The gpas of all pages that the vCPUs' page tables are made of (SDM vol. 3 chapter 4)."""
+    found: set[int] = set()
+    for vcpu in machine.vcpus:
+        sregs = vcpu.get_sregs()
+        if sregs.cr0 & CR0.PG:
+            root = sregs.cr3 & _ADDRESS
+            if sregs.efer & EFER.LMA:
+                _collect(machine.memory, root, 5 if sregs.cr4 & CR4.LA57 else 4, "<Q", found)
+            elif sregs.cr4 & CR4.PAE:
+                found.add(root)
+                for entry in _entries(machine.memory, sregs.cr3 & ~0x1F, 32, "<Q"):
+                    if entry & 1:
+                        _collect(machine.memory, entry & _ADDRESS, 2, "<Q", found)
+            else:
+                _collect(machine.memory, root, 2, "<I", found, bool(sregs.cr4 & CR4.PSE))
+    return found
+
+
+def _collect(memory: GuestMemory, gpa: int, level: int, format: str, found: set[int], large: bool = True) -> None:
+    if gpa in found:
+        return
+    found.add(gpa)
+    if level == 1:
+        return
+    for entry in _entries(memory, gpa, PAGE_SIZE, format):
+        if entry & 1 and not (large and entry & _LARGE and level <= 3):
+            _collect(memory, entry & _ADDRESS, level - 1, format, found, large)
+
+
+def _entries(memory: GuestMemory, gpa: int, size: int, format: str) -> Iterator[int]:
+    try:
+        table = memory.read(gpa, size)
+    except GuestMemoryError:
+        return
+    for (entry,) in iter_unpack(format, table):
+        yield entry
