@@ -25,7 +25,7 @@ static const uint8_t plain_two[32] = {	/* after 0f */
 	0x00, 0x00, 0xff, 0x81,		/* 00-1f: SSE moves, NOP */
 	0x00, 0xff, 0x00, 0x00,		/* 20-3f: SSE, but control and debug registers, MSRs */
 	0xff, 0xff, 0xff, 0xff,		/* 40-5f: CMOVcc, SSE */
-	0xff, 0xff, 0xff, 0xff,		/* 60-7f: SSE */
+	0xff, 0xff, 0xff, 0xfc,		/* 60-7f: SSE, but VMREAD VMWRITE */
 	0xff, 0xff, 0xff, 0xff,		/* 80-9f: Jcc SETcc */
 	0x38, 0xb8, 0xcb, 0xfc,		/* a0-bf: BT SHLD BTS SHRD IMUL CMPXCHG MOVZX BTR MOVZX, BTx BSF BSR MOVSX */
 	0x7f, 0xff, 0xff, 0xff,		/* c0-df: XADD, SSE, BSWAP */
@@ -44,8 +44,8 @@ int pykvm_is_plain(const uint8_t *code, uint32_t size, int is_64_bit)
 		    code[i] != 0x36 && code[i] != 0x3e && code[i] != 0x64 && code[i] != 0x65 && code[i] != 0xf0)
 			break;
 	}
-	if (is_64_bit && (code[i] & 0xf0) == 0x40)
-		i++;
+	if (is_64_bit && (code[i] & 0xf0) == 0x40 && (code[++i] & 0xf0) == 0x40)
+		return 0;	/* one REX prefix after another */
 	if (code[i] == 0x0f)
 		return plain_two[code[i + 1] / 8] >> code[i + 1] % 8 & 1;
 	if (code[i] == 0xff && (code[i + 1] >> 3 & 7) != 0 && (code[i + 1] >> 3 & 7) != 1 && (code[i + 1] >> 3 & 7) != 2 &&
