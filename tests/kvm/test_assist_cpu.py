@@ -180,6 +180,58 @@ def test_iret_in_protected_mode():
     assert (sregs.ss.dpl, regs.rflags & 0x3000) == (3, 0x3000)
 
 
+OLD = [
+    ("mov ax, 0x0079; add al, 0x35; daa", 0x14, 0x15),
+    ("mov ax, 0x0099; add al, 1; daa", 0, 0x55),
+    ("mov ax, 0x12; add al, 0x34; daa", 0x46, 0),
+    ("mov ax, 0x0208; add al, 9; aaa", 0x0307, 0x11),
+    ("mov ax, 0x0203; add al, 4; aaa", 0x0207, 0),
+    ("mov ax, 0x02ff; aaa", 0x0405, 0x11),
+    ("mov ax, 0x0203; sub al, 7; aas", 0x0106, 0x11),
+    ("mov ax, 0x0207; sub al, 3; aas", 0x0204, 0),
+    ("mov ax, 0x10; mov bx, 3; arpl ax, bx", 0x13, 0x40),
+    ("mov ax, 0x13; mov bx, 2; arpl ax, bx", 0x13, 0),
+    ("mov eax, 5; bound eax, [0x140000]", 5, 0),
+    ("mov eax, 7; bound eax, [0x140000]", 7, 0),
+]
+
+
+@pytest.mark.parametrize(("insns", "ax", "flags"), OLD)
+def test_old_arithmetic(insns, ax, flags):
+    """In 32-bit code; BOUND's limits are -3 and 7. Flags: those that are defined, of CF, PF, AF and ZF."""
+    defined = 0x55 if "daa" in insns else 0x11 if "aa" in insns else 0x40 if "arpl" in insns else 0
+    code = f"mov dword ptr [0x140000], -3; mov dword ptr [0x140004], 7; {insns}; pushfd; pop ecx; mov esi, eax; mov al, 0; out 0xf4, al"
+    with Machine(pykvm.asm(code, bits=32, org=0x100000), mode="protected", memory="2M") as machine:
+        assert machine.run(TIMEOUT).exit_code == 0
+        regs = machine.vcpu.get_regs()
+    assert (regs.rsi & 0xFFFF, regs.rcx & defined) == (ax, flags & defined)
+
+
+@pytest.mark.parametrize("index", [-4, 8])
+def test_bound_raises_br(index):
+    source = f"{gate(5, TRAP, 32)} lidt [idtr]; mov esp, 0x170000; push 7; push -3; mov eax, {index}; here: bound eax, [esp]"
+    code, _, _, stack, here, _ = at_the_handler(source, 32)
+    assert (code, stack[0]) == (42, here)
+
+
+@pytest.mark.parametrize(("bits", "level"), [(16, 1), (32, 1), (32, 3), (64, 2), (64, 0)])
+def test_enter_copies_frame_pointers(bits, level):
+    """LEAVE undoes it; the display is the frame before's, and the new frame pointer."""
+    width, sp, bp = bits // 8, {16: "sp", 32: "esp", 64: "rsp"}[bits], {16: "bp", 32: "ebp", 64: "rbp"}[bits]
+    outer = "; ".join(f"mov word ptr [{bp} - {width * n}], {0x111 * n}" for n in range(1, 4))
+    clear = "xor ax, ax; mov ds, ax; mov ss, ax; " if bits == 16 else ""
+    start = f"{clear} mov {sp}, 0x6000; mov {bp}, 0x6800; {outer}"
+    code = f"{start}; enter 24, {level}; mov cx, sp; mov bx, bp; leave; mov al, 0; out 0xf4, al"
+    mode, org = {64: ("long", 0x100000), 32: ("protected", 0x100000), 16: ("real", 0x7C00)}[bits]
+    with Machine(pykvm.asm(code, bits=bits, org=org), mode=mode, memory="2M") as machine:
+        assert machine.run(TIMEOUT).exit_code == 0
+        regs = machine.vcpu.get_regs()
+        words = [machine.memory.read_u16(0x6000 - width * n) for n in range(1, level + 2)]
+    assert words == [0x6800, *(0x111 * n for n in range(1, level)), *([0x6000 - width] if level else [])]
+    assert (regs.rbx & 0xFFFF, regs.rcx & 0xFFFF) == (0x6000 - width, 0x6000 - width * (level + 1) - 24)
+    assert (regs.rsp & 0xFFFF, regs.rbp & 0xFFFF) == (0x6000, 0x6800)
+
+
 # --- system instructions ----------------------------------------------------------------------------------------------
 
 

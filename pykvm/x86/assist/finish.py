@@ -34,9 +34,9 @@ _MOST_DECODED = 4096
 
 def _table() -> dict[str, Instruction]:
     """capstone's mnemonic -> what carries it out."""
-    from pykvm.x86.assist import atomics, bits, compute, descriptors, interrupts, returns, system, xstate
+    from pykvm.x86.assist import atomics, bits, compute, descriptors, interrupts, legacy, returns, system, xstate
 
-    groups = (atomics, bits, compute, descriptors, interrupts, returns, system, xstate)
+    groups = (atomics, bits, compute, descriptors, interrupts, legacy, returns, system, xstate)
     return {name: do for group in groups for name, do in group.INSTRUCTIONS.items()}
 
 
