@@ -362,6 +362,37 @@ def test_an_sse_exception_leaves_its_flag():
     assert (regs.rcx & 4, regs.rdx) == (4, 0x3F800000)
 
 
+def test_interrupted_in_the_scratch_vm(monkeypatch):
+    """Ctrl-C while the CPU is asked: the run ends as always, nothing is done by halves, and the next run goes on."""
+    from pykvm.x86.assist.scratch import Scratch
+
+    if not probe.cpl0_emulated():
+        pytest.skip("this host executes CPL0 code: no instruction of this guest is asked about (probed)")
+    real = Scratch._exit
+
+    def interrupted(self):
+        monkeypatch.setattr(Scratch, "_exit", real)
+        real(self)
+        raise KeyboardInterrupt
+
+    code = pykvm.asm("mov eax, 41; movd xmm0, eax; paddd xmm0, xmm0; movd eax, xmm0; out 0xf4, al", org=0x100000)
+    with Machine(code, mode="long", memory="2M") as machine:
+        monkeypatch.setattr(Scratch, "_exit", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            machine.run(TIMEOUT)
+        assert machine.run(TIMEOUT).exit_code == 82
+
+
+def test_time_limits_and_heartbeats_go_on():
+    """A guest that does nothing but what is asked about: its time limit ends it, and heartbeats that fall into an answer do no harm."""
+    code = pykvm.asm("sti; again: addsd xmm0, xmm1; jmp again", org=0x100000)
+    with Machine(code, mode="long", memory="2M") as machine:
+        beats = []
+        machine.on_heartbeat = lambda: beats.append(None)
+        assert machine.run(0.4).reason == "timeout"
+    assert beats
+
+
 # --- what must not happen ---------------------------------------------------------------------------------------------
 
 

@@ -36,18 +36,13 @@ class Scratch:
 
     def _make(self) -> None:
         self.system = System()
-        self.memory = GuestMemory()
-        try:
-            self.memory = GuestMemory.of_size("2M")
-            self.vm = self.system.create_vm()
-            self.vm.add_memory(self.memory)
-            self.vcpu = self.vm.create_vcpu()
-            self.vcpu.set_cpuid2(self.system.get_supported_cpuid().as_guest())
-            UserMode().apply(self.vcpu, self.memory, CODE)
-            self._xcr0 = self._all = CpuView(self.vcpu, self.memory).xcr0
-        except BaseException:
-            self.close()
-            raise
+        self.memory = GuestMemory.of_size("2M")
+        self.vm = self.system.create_vm()
+        self.vm.add_memory(self.memory)
+        self.vcpu = self.vm.create_vcpu()
+        self.vcpu.set_cpuid2(self.system.get_supported_cpuid().as_guest())
+        UserMode().apply(self.vcpu, self.memory, CODE)
+        self._xcr0 = self._all = CpuView(self.vcpu, self.memory).xcr0
         self._sregs = self.vcpu.get_sregs()
         self._fresh = self._made = True
 
@@ -56,9 +51,16 @@ class Scratch:
         DATA. (the vector of the exception it raised, what the data are now); registers, flags and FPU state are changed to what came out,
         after an exception the FPU state alone. ``xcr0``: what it is to find in XCR0, 0 for everything. Raises Declined where this host's
         KVM does not execute it."""
-        if not self._made:
-            self._make()
-        self._set_xcr0(xcr0 or self._all)
+        try:
+            if not self._made:
+                self._make()
+            self._set_xcr0(xcr0 or self._all)
+            return self._run(code, regs, fpu, data)
+        except BaseException:  # Ctrl-C too: what the VM was in the middle of is not for the next one
+            self.close()
+            raise
+
+    def _run(self, code: bytes, regs: Struct, fpu: Fpu, data: bytes) -> tuple[int | None, bytes]:
         memory, vcpu = self.memory, self.vcpu
         memory.write(CODE, code + _END)
         memory.write(DATA, data)
@@ -87,7 +89,6 @@ class Scratch:
     def _vector(self) -> int | None:
         exit = self._exit()
         if not isinstance(exit, IoOut) or exit.port not in (DEBUG_EXIT, EXCEPTION_REPORT):
-            self._fresh = False
             raise Declined(f"executed at CPL3 in a VM of its own, it came to {exit!r}")
         self.vcpu.kick()
         self.vcpu.run(_PATIENCE)  # KVM finishes the OUT, and does not go on into the guest
@@ -100,9 +101,8 @@ class Scratch:
                 return exit
 
     def close(self) -> None:
-        """Close its fds."""
-        if hasattr(self, "vm"):
-            self.vm.close()
-        if hasattr(self, "memory"):
-            self.memory.close()
-            self.system.close()
+        """Close its fds; the next run() makes another."""
+        self._made = False
+        for name in ("vm", "memory", "system"):
+            if hasattr(self, name):
+                getattr(self, name).close()
