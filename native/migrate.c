@@ -92,11 +92,13 @@ static uint64_t next_dirty(const uint64_t *bitmap, uint64_t page, uint64_t pages
 }
 
 int64_t pykvm_pack_pages(const uint8_t *memory, const uint64_t *bitmap, uint64_t pages, uint64_t base, uint64_t *next, uint64_t look,
-			 uint8_t *buffer, uint64_t room, struct pykvm_page_run *run, uint32_t rows, uint32_t *used)
+			 uint8_t *buffer, uint64_t room, struct pykvm_page_run *run, uint32_t rows, uint32_t *used,
+			 uint32_t *sum)
 {
 	uint64_t page = next_dirty(bitmap, *next, pages), packed = 0;
 	uint32_t n = 0;
 
+	*sum = 0;
 	while (page < pages && packed < room && look--) {
 		uint8_t *copy = buffer + packed * PAGE;
 		uint32_t kind;
@@ -110,7 +112,10 @@ int64_t pykvm_pack_pages(const uint8_t *memory, const uint64_t *bitmap, uint64_t
 				break;
 			run[n++] = (struct pykvm_page_run){ base + page, 1, kind };
 		}
-		packed += kind == PYKVM_RUN_DATA;
+		if (kind == PYKVM_RUN_DATA) {
+			*sum = pykvm_crc32c(*sum, copy, PAGE);
+			packed++;
+		}
 		page = next_dirty(bitmap, page + 1, pages);
 	}
 	*next = page;

@@ -34,6 +34,8 @@ COMMAND = Command(
     ["pykvm migrate /tmp/guest.socket --to unix:/tmp/there.socket --downtime 20ms"],
 )
 
+PHASES = ("saving", "sending", "restoring", "starting")  # what the guest stands still for
+
 
 def main(argv: list[str]) -> int:
     """Move it; returns the exit status."""
@@ -116,4 +118,5 @@ def report_text(r: dict[str, Any]) -> str:
             f"{row['slowed']:>7.0%}"
         )
     lines.append(f"{'last':>5} {r['last']['pages']:>9} {'':>9} {r['last']['bytes'] / 1e6:>9.1f} {r['downtime'] * 1e3:>9.1f}")
+    lines.append("standing still: " + ", ".join(f"{r['last'][what] * 1e3:.1f} ms {what}" for what in PHASES))
     return "\n".join(lines + [f"note: {note}" for note in r["notes"]])

@@ -13,6 +13,7 @@ A guest that writes faster than the stream takes it is slowed: every 20 ms its v
 from __future__ import annotations
 
 from _thread import RLock
+from itertools import pairwise
 from time import monotonic, sleep
 
 from pykvm.errors import MigrationError, PykvmError
@@ -197,7 +198,8 @@ class Migration:
             "pages": pages, "zeros": zeros, "bytes": sent, "seconds": seconds, "dirty": dirty, "slowed": self._throttle.share,
         })  # fmt: skip
         if pages > 256 or not progress.rate:  # of a short round, most is waiting for its end
-            progress.rate = (sent + zeros * PAGE_SIZE / 8) / seconds  # a zero page is looked at, and not sent
+            rate = (sent + zeros * PAGE_SIZE / 8) / seconds  # a zero page is looked at, and not sent
+            progress.rate = (progress.rate + rate) / 2 if progress.rate else rate  # one round may have had bad luck
         progress.dirty_rate = dirty * PAGE_SIZE / seconds
         return dirty
 
@@ -226,6 +228,7 @@ class Migration:
         progress, stream = self.progress, self.stream
         stopped = monotonic()
         state = self._stand_still()
+        times = [stopped, monotonic()]
         try:
             left = log.look()
             if not self._fits(left, saving, 1.5) and len(self.rounds) < MOST_ROUNDS:
@@ -236,7 +239,9 @@ class Migration:
             before = stream.sent
             self._sender.send_all(log, self._check)
             stream.send(wire.STATE, state.to_json().encode())
+            times.append(monotonic())
             self.notes += _texts(stream.receive(wire.READY).fields().get("notes"))
+            times.append(monotonic())
             with self._deciding:
                 self._check()
                 progress.phase = "committed"
@@ -248,9 +253,10 @@ class Migration:
             if progress.phase != "committed":
                 self.machine.resume()
             raise
-        last = {"pages": left, "bytes": stream.sent - before}
         self._wait_until_it_runs(whole is True)
-        return self._report(monotonic() - stopped, last)
+        times.append(monotonic())
+        phases = dict(zip(("saving", "sending", "restoring", "starting"), (b - a for a, b in pairwise(times)), strict=True))
+        return self._report(times[-1] - stopped, {"pages": left, "bytes": stream.sent - before, **phases})
 
     def _wait_until_it_runs(self, whole: bool) -> None:
         """From here on, nothing resumes the guest but its user."""

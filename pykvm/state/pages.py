@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 __all__ = ["PageReceiver", "PageSender"]
 
-ROOM = 64  # pages of data in a frame, 256 KiB: they are still in the cache when they are summed and sent
+ROOM = MAX_PAGES  # of data in a frame
 LOOK = 1 << 14  # dirty pages that are looked at in one go: of zero pages, a frame has room for any number
 
 
@@ -37,7 +37,7 @@ class PageSender:
         self._view = memoryview(self._buffer)
         self._rows = ffi.new("struct pykvm_page_run[]", MAX_ROWS)
         self._table = memoryview(ffi.buffer(self._rows))
-        self._next, self._used = ffi.new("uint64_t *"), ffi.new("uint32_t *")
+        self._next, self._used, self._sum = ffi.new("uint64_t *"), ffi.new("uint32_t *"), ffi.new("uint32_t *")
         self.pages = self.zeros = 0
 
     def send_all(self, log: DirtyLog, check: Callable[[], object]) -> None:
@@ -49,11 +49,11 @@ class PageSender:
             while self._next[0] < end:
                 check()
                 packed = lib.pykvm_pack_pages(
-                    memory, words, end, slot.gpa // PAGE_SIZE, self._next, LOOK, buffer, ROOM, self._rows, MAX_ROWS, self._used
+                    memory, words, end, slot.gpa // PAGE_SIZE, self._next, LOOK, buffer, ROOM, self._rows, MAX_ROWS, self._used, self._sum
                 )
                 used = self._used[0]
                 if used:
-                    self._stream.send(PAGES, self._table[: 16 * used], self._view[: packed * PAGE_SIZE])
+                    self._stream.send(PAGES, self._table[: 16 * used], self._view[: packed * PAGE_SIZE], self._sum[0])
                     pages = sum(self._rows[i].count for i in range(used))
                     self.pages, self.zeros = self.pages + pages, self.zeros + pages - packed
 

@@ -83,9 +83,9 @@ class Stream:
 
     # --- sending -----------------------------------------------------------------------------------------------------
 
-    def send(self, kind: int, head: Buffer = b"", body: Buffer = b"") -> None:
-        """One frame, or MigrationError."""
-        data = self._header(kind, head, body)
+    def send(self, kind: int, head: Buffer = b"", body: Buffer = b"", body_sum: int | None = None) -> None:
+        """One frame, or MigrationError. ``body_sum``: the body's CRC, where it is known."""
+        data = self._header(kind, head, body, body_sum)
         pieces = [memoryview(piece) for piece in (data, head, body) if len(piece)]
         deadline = monotonic() + self.patience
         while pieces:
@@ -133,11 +133,12 @@ class Stream:
         self.sent += n
         return True if n == len(data) else None if n else False
 
-    def _header(self, kind: int, head: Buffer = b"", body: Buffer = b"") -> bytes:
+    def _header(self, kind: int, head: Buffer = b"", body: Buffer = b"", body_sum: int | None = None) -> bytes:
         most_head, most_body = LIMITS[kind]
         if len(head) > most_head or len(body) > most_body:
             raise MigrationError(f"{NAMES[kind]} of {len(head)} and {len(body)} bytes is more than a frame may have")
-        data = HEADER.pack(MAGIC, VERSION, kind, self._out, len(head), len(body), crc32c(head), crc32c(body), 0)[:-4]
+        sums = crc32c(head), crc32c(body) if body_sum is None else body_sum
+        data = HEADER.pack(MAGIC, VERSION, kind, self._out, len(head), len(body), *sums, 0)[:-4]
         self._out = (self._out + 1) & 0xFFFFFFFF
         return data + crc32c(data).to_bytes(4, "little")
 

@@ -8,6 +8,7 @@ import pytest
 
 import pykvm
 from pykvm import MigrationError
+from pykvm.cli.migrate import PHASES
 from pykvm.state import migrate as source
 from pykvm.state import stream as wire
 from pykvm.state.compat import Host
@@ -75,6 +76,7 @@ def test_a_guest_moves(options):
         assert (result.console, result.exit_code) == (CONSOLE, exit_code())
         assert here.console == CONSOLE[: len(here.console)]
         assert report["bytes"] == link.carried[0]
+        assert report["downtime"] == pytest.approx(sum(report["last"][what] for what in PHASES))
         assert report["pages"] >= 1024 and report["zeros"] > 0
         with pytest.raises(pykvm.ConfigError, match="has moved to there"):
             machine.run(1)
@@ -170,9 +172,9 @@ def test_a_guest_that_writes_too_fast_is_slowed(machine, monkeypatch):
     monkeypatch.setattr(source, "REST", 0.0)
     sending = Stream.send
 
-    def slowly(stream, kind, head=b"", body=b""):
+    def slowly(stream, kind, head=b"", body=b"", *rest):
         sleep(len(body) / 4e6)
-        sending(stream, kind, head, body)
+        sending(stream, kind, head, body, *rest)
 
     monkeypatch.setattr(Stream, "send", slowly)
     a, b = socket.socketpair()
