@@ -8,6 +8,7 @@
 | 0xcf8              | PCI configuration: nothing there                             |
 | 0xe0, 0x2000, ...  | QEMU's pc-testdev (devices/pctestdev.py)                     |
 | 0xe0000-0xfffff    | ACPI tables and an MP table, which say how many vCPUs        |
+| 0-0x3ff            | real-mode vectors: each BIOS service says that it is missing |
 | the rest           | as in pc.py; COM1, RTC with memory size, debug exit, ...     |
 
 The irqchip is KVM's, with the PIT's interrupt at the IOAPIC's pin 2, as on PCs.
@@ -48,6 +49,7 @@ from pykvm.tables.acpi import acpi_tables
 from pykvm.tables.linker import FSEG, HIGH, SCRIPT, linker_script
 from pykvm.tables.mptable import mp_table
 from pykvm.tables.place import place_tables
+from pykvm.tables.vectors import place_vectors
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -115,6 +117,7 @@ class PcTest(Pc):
         leaf = vm.vcpus[0].get_cpuid2().find(1)
         signature, features = (0, 0) if leaf is None else (leaf.eax, leaf.edx)
         self.tables = place_tables(memory, acpi, mp_table(self.cpus, signature, features, pic=pic))
+        self.tables.append(place_vectors(memory))
         assert rsdp.gpa is not None
         return rsdp.gpa
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pykvm.errors import ConfigError
-from pykvm.platform import BDA_GPA, BIOS_END, BIOS_GPA, EBDA_GPA, LOW_RAM_END, MP_GPA, MP_TABLE_GPA, RSDP_GPA
+from pykvm.platform import BDA_GPA, BIOS_END, BIOS_GPA, EBDA_GPA, LOW_RAM_END, MP_GPA, MP_TABLE_GPA, NO_SERVICE_GPA, RSDP_GPA
 from pykvm.units import KIB
 
 TYPE_CHECKING = False
@@ -24,7 +24,7 @@ def place_tables(memory: GuestMemory, acpi: tuple[Blob, Blob], mp: tuple[Blob, B
     if not memory.is_writable(BIOS_GPA, BIOS_END - BIOS_GPA):
         raise ConfigError("the PC test platform's tables are below 1 MiB: give it at least that much memory, such as --memory 16M")
     (tables, rsdp), (table, pointer) = acpi, mp
-    places = (tables, BIOS_GPA, RSDP_GPA), (rsdp, RSDP_GPA, MP_GPA), (pointer, MP_GPA, MP_TABLE_GPA), (table, MP_TABLE_GPA, BIOS_END)
+    places = (tables, BIOS_GPA, RSDP_GPA), (rsdp, RSDP_GPA, MP_GPA), (pointer, MP_GPA, MP_TABLE_GPA), (table, MP_TABLE_GPA, NO_SERVICE_GPA)
     for blob, gpa, end in places:
         assert gpa + len(blob.data) <= end
         blob.gpa = gpa

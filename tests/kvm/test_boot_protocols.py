@@ -57,6 +57,7 @@ def test_what_is_handed_over(tmp_path, system):
         assert lines[-2:] == ["module words: first", "module : second"]
 
 
+@pytest.mark.slow
 def test_a_flat_firmware_file(tmp_path, system):
     with open(gallery.find("reset_vector"), "rb") as file:
         elf = file.read()
@@ -98,6 +99,7 @@ def test_the_command_line_says_what_it_took_the_file_for(tmp_path):
     assert '"format": "multiboot (ELF32)"' in run("multiboot_info", "--json").stdout
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "status", "why"),
     [

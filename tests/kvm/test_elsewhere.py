@@ -50,18 +50,18 @@ def kernel():
 
 
 def test_xen_to_its_banner(xen):
-    with Machine(xen, append="console=com1 no-real-mode edd=off") as machine:
+    with Machine(xen, append="console=com1") as machine:
         assert machine.info.kind == "multiboot (ELF32)"
         console = console_until(machine, "dom0 kernel not specified")
         assert console.splitlines()[0].startswith("(XEN) Xen version ")
         assert "(XEN) Bootloader: pykvm\n" in console.replace("\r", "")
-        assert "Command line: console=com1 no-real-mode edd=off" in console
+        assert "Command line: console=com1" in console
 
 
 def test_xen_with_a_module_and_two_cpus(xen):
     """To where it finds that the module is no kernel of the kind that it starts."""
     module = gallery.find("hello") + " its words"
-    with Machine(xen, append="console=com1 no-real-mode edd=off loglvl=all", initrd=[module], cpus=2, memory="256M") as machine:
+    with Machine(xen, append="console=com1 loglvl=all", initrd=[module], cpus=2, memory="256M") as machine:
         lines = console_until(machine, "Could not construct domain 0").replace("\r", "").splitlines()
     assert "(XEN) Multiboot-e820 RAM map:" in lines
     assert "(XEN)  [0000000000100000, 000000000fffffff] (usable)" in lines

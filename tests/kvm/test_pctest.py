@@ -163,6 +163,14 @@ def test_what_cannot_be():
         Machine("hello", platform="vax")
 
 
+def test_bios_services_say_that_they_are_missing(system):
+    """INT 15h, AX=E820h, and one that nobody has: the carry flag comes back set, and all else as it was."""
+    code = "clc\n mov ax, 0xe820\n int 0x15\n jnc 1f\n cmp ax, 0xe820\n jne 1f\n clc\n int 0x7f\n jnc 1f\n mov al, 9\n out 0xf4, al\n"
+    image = asm(code + "1: mov al, 1\n out 0xf4, al\n", bits=16, org=0x7C00)
+    with Machine(image, mode="real", memory="2M", platform="pc-test", system=system) as machine:
+        assert machine.run(TIMEOUT).exit_code == 9
+
+
 def test_an_image_where_the_tables_are(tmp_path):
     image = bytes(0x100000 - 0x7C00)  # a flat one, to 1 MiB
     with pytest.raises(GuestImageError, match="platform has its tables"):
