@@ -155,7 +155,6 @@ class Machine(Saveable, Closes):
     ) -> None:
         """All of a machine, in the order in which KVM wants it; ``origin`` brings its first state (start.py)."""
         self._closed = False
-        self.moved_to: str | None = None  # after a migration
         self._stats: Stats | None = None
         self._ledger: Ledger | None = None
         self.services: Services | None = None
@@ -483,15 +482,6 @@ class Machine(Saveable, Closes):
         self._check_here()
         self._turn_clock(paused=False)
         self.group.resume()
-
-    def leave(self, to: str) -> None:
-        """The guest goes on somewhere else, at ``to``: the run ends as "migrated", and this copy never runs again."""
-        self.moved_to = to
-        self.stop("migrated")
-
-    def _check_here(self) -> None:
-        if self.moved_to is not None:
-            raise ConfigError(f"the guest has moved to {self.moved_to}: this copy must not run")
 
     def exit_counts(self) -> dict[int, int]:
         """Exits of all vCPUs, by number of their reason."""

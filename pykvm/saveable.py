@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pykvm.errors import ConfigError
+
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     import os
@@ -22,6 +24,7 @@ class Saveable:
 
     shared: Shared | None = None  # what fork() shares
     restored: StateOrigin | None = None  # how restore() made it
+    moved_to: str | None = None  # where the guest is after a migration
     _checkpoint: Checkpoint | None = None
     _clock: int | None = None  # where kvmclock stands while it does
 
@@ -61,6 +64,15 @@ class Saveable:
         state = waiting.pop((space, at), None) if waiting else None
         if state is not None and hasattr(device, "load"):
             device.load(state)
+
+    def leave(self, to: str) -> None:
+        """The guest goes on somewhere else, at ``to``: the run ends as "migrated", and this copy never runs again."""
+        self.moved_to = to
+        self._machine.stop("migrated")
+
+    def _check_here(self) -> None:
+        if self.moved_to is not None:
+            raise ConfigError(f"the guest has moved to {self.moved_to}: this copy must not run")
 
     def save(self) -> MachineState:
         """All of the machine but its memory's bytes, as plain data (state/save.py). It must stand still, or be paused; it may go on."""

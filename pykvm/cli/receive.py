@@ -8,6 +8,7 @@ from __future__ import annotations
 from pykvm.cli import say
 from pykvm.cli.guest import Output
 from pykvm.cli.options import Command, Option, number
+from pykvm.cli.resume import tell
 from pykvm.cli.run import RUN_OPTIONS, check, finish, options_of
 from pykvm.errors import ConfigError
 
@@ -54,6 +55,5 @@ def main(argv: list[str]) -> int:
         sock, patience=o["patience"], adapt=o["adapt"], accept_tsc=o["accept_tsc"], pin=o["pin"], loop=o["loop"], **options_of(o, output)
     )
     machine = incoming.take()
-    for note in incoming.notes:
-        say(f"pykvm: {note}")
+    tell(machine)
     return finish(machine, o, output)

@@ -41,6 +41,12 @@ def main(argv: list[str]) -> int:
     )
     if not o["verify"]:
         say("pykvm: its memory was not verified")
+    tell(machine)
+    return finish(machine, o, output)
+
+
+def tell(machine: Machine) -> None:
+    """What is not quite as it was when the machine was saved."""
     assert machine.restored is not None  # restore() has set it
     for dropped in machine.restored.dropped:
         say(f"pykvm: dropped: {dropped}")
@@ -48,4 +54,3 @@ def main(argv: list[str]) -> int:
         say(f"pykvm: {note}")
     for (space, base), _ in machine.waiting_devices.items():
         say(f"pykvm: a device at {'port' if space == 'pio' else 'gpa'} {base:#x} was there when it was saved, and is not now")
-    return finish(machine, o, output)

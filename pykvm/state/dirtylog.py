@@ -33,7 +33,7 @@ class DirtyLog:
     """A context manager; while it is open, every write is noted. At the start every page counts as dirty.
 
     ``dirty`` has a bitmap for each slot: pages are dirty until chunks() has given them out. Slots may come, go and move meanwhile: all of a
-    new one is dirty. One at a time for each VM: KVM keeps one log. Raises KvmError where KVM refuses.
+    new one is dirty. One at a time for each VM, for KVM keeps one log; a checkpoint has one too: else ConfigError. Raises KvmError, too.
     """
 
     def __init__(self, vm: VM, memory: GuestMemory) -> None:
@@ -45,11 +45,11 @@ class DirtyLog:
     def __enter__(self) -> DirtyLog:
         offered = self.vm.check_extension("KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2")
         offered &= lib.KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE | lib.KVM_DIRTY_LOG_INITIALLY_SET
+        self._host = self.memory.log_writes()
         try:
             if offered & lib.KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE:
                 self.vm.enable_cap("KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2", offered)
                 self.manual = True
-            self._host = self.memory.log_writes()
             for slot in self.memory.slots:
                 self._begin(slot)
         except BaseException:

@@ -10,12 +10,10 @@ from pykvm.errors import MigrationError, PykvmError
 from pykvm.machine import Machine
 from pykvm.memory import GuestMemory, host_memory
 from pykvm.state import stream as wire
-from pykvm.state.compat import Host, demand
 from pykvm.state.machinestate import MachineState
 from pykvm.state.pages import PageReceiver
 from pykvm.state.restore import StateOrigin, config_of
 from pykvm.state.stream import Stream
-from pykvm.system import System
 from pykvm.units import format_size
 
 TYPE_CHECKING = False
@@ -41,14 +39,20 @@ class Arrival(StateOrigin):
 
     def finish(self, machine: Machine, state: MachineState) -> None:
         """Now: ``state`` is of the same guest, some time later."""
-        self.state, self.notes = state, []
+        self.state, self.notes, self.dropped = state, [], []
+        self._compare(machine)
         super().fill(machine)
+
+    @property
+    def remarks(self) -> list[str]:
+        """What is not as it was, in words."""
+        return [*(f"dropped: {what}" for what in self.dropped), *self.notes]
 
 
 class Incoming:
     """One guest on its way here, over the connected socket ``sock``.
 
-    ``adapt``, ``accept_tsc``: what compat.demand() may do about what this host has not. ``prepare(machine)`` is called when there is a
+    ``adapt``, ``accept_tsc``: as for Machine.restore(). ``prepare(machine)`` is called when there is a
     machine, for devices of the caller's own. ``options`` are Machine.restore()'s.
     """
 
@@ -77,9 +81,8 @@ class Incoming:
             assert machine is not None
             state = self._take_memory(machine)
             _check_same_guest(first, state)
-            state, notes = self._adapted(state)
             arrival.finish(machine, state)
-            self.notes = [*notes, *arrival.notes]
+            self.notes = arrival.remarks
             self.stream.send_fields(wire.READY, notes=self.notes)
             self.stream.receive(wire.COMMIT)
         except BaseException as error:
@@ -99,25 +102,18 @@ class Incoming:
         stream = self.stream
         stream.receive(wire.HELLO).fields()
         first = MachineState.from_json(stream.receive(wire.STATE).head)
-        with System() as system:
-            self._host = Host.of(system)
-            state, notes = self._adapted(first)
-        memory = _memory_for(state)
+        memory = _memory_for(first)
         try:
-            arrival = Arrival(state, memory)
+            arrival = Arrival(first, memory, self._adapt, self._accept_tsc)
             self.machine = Machine.__new__(Machine)
-            self.machine._make(config_of(state), arrival, **self._options)
+            self.machine._make(config_of(first), arrival, **self._options)
+            self.machine.restored = arrival
             self._prepare(self.machine)
         except BaseException:
             memory.close()
             raise
-        stream.send_fields(wire.WELCOME, software="pykvm", notes=notes)
+        stream.send_fields(wire.WELCOME, software="pykvm", notes=arrival.remarks)
         return arrival, first
-
-    def _adapted(self, state: MachineState) -> tuple[MachineState, list[str]]:
-        """The state as this host can run it, and what is not as it was. Raises IncompatibleStateError."""
-        verdict = demand(state, self._host, adapt=self._adapt, accept_tsc=self._accept_tsc)
-        return verdict.state, [*(f"dropped: {what}" for what in verdict.dropped), *verdict.notes]
 
     def _take_memory(self, machine: Machine) -> MachineState:
         """Rounds of pages; returns the last state."""

@@ -44,7 +44,7 @@ INTERVAL = 0.2  # seconds between two lines of progress
 class ControlServer:
     """Answers at ``path`` for ``machine`` until close(); a context manager. Nobody but the owner of this process may connect.
 
-    ``snapshot(dir)`` saves the paused machine; ``say(text)`` is told when a migration has failed. Raises ConfigError: it cannot listen.
+    ``say(text)`` is told when a migration has failed. Raises ConfigError: it cannot listen.
     """
 
     def __init__(
@@ -52,10 +52,9 @@ class ControlServer:
         machine: Machine,
         path: str,
         *,
-        snapshot: Callable[[str], object] | None = None,
         say: Callable[[str], object] = lambda text: None,
     ) -> None:
-        self.machine, self._snapshot, self._say = machine, snapshot, say
+        self.machine, self._say = machine, say
         self._lock = RLock()  # around what changes the machine's course
         self._clients: dict[socket.socket, Thread] = {}
         self._migration: Migration | None = None
@@ -178,14 +177,12 @@ class ControlServer:
         yield {"ok": True}
 
     def _snapshot_command(self, dir: str) -> Iterator[dict[str, Any]]:
-        if self._snapshot is None:
-            raise ConfigError("this machine takes no snapshots")
         with self._lock:
             self._check_settled()
             before = self.machine.group.paused
             self.machine.pause()
             try:
-                self._snapshot(dir)
+                self.machine.snapshot(dir)
             finally:
                 if not before:
                     self.machine.resume()

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
     from pykvm.machine import Machine
     from pykvm.memory import GuestMemory
+    from pykvm.state.compat import Host
 
 __all__ = ["StateOrigin", "config_of", "restored_machine"]
 
@@ -100,6 +101,7 @@ class StateOrigin:
 
     def __init__(self, state: MachineState, memory: GuestMemory, adapt: bool = False, accept_tsc: bool = False) -> None:
         self.state, self.memory, self._adapt, self._accept_tsc = state, memory, adapt, accept_tsc
+        self._host: Host | None = None
         self.notes: list[str] = []
         self.dropped: list[str] = []
         have = [(slot.gpa, slot.size, slot.readonly) for slot in memory.slots]
@@ -117,7 +119,9 @@ class StateOrigin:
             return
         from pykvm.state.compat import Host, demand
 
-        verdict = demand(self.state, Host.of(machine.system), adapt=self._adapt, accept_tsc=self._accept_tsc)
+        if self._host is None:
+            self._host = Host.of(machine.system)
+        verdict = demand(self.state, self._host, adapt=self._adapt, accept_tsc=self._accept_tsc)
         self.state, self.dropped = verdict.state, verdict.dropped
         self.notes += verdict.notes
 

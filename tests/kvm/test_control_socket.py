@@ -12,7 +12,7 @@ import pytest
 import pykvm
 from pykvm.state.remote import LONGEST_LINE, MOST_CLIENTS, ControlClient, ControlServer
 from tests.conftest import TIMEOUT
-from tests.kvm.moving import CONSOLE, PASSES, Receiving, Running, exit_code, goes_on, until, walker
+from tests.kvm.moving import CONSOLE, PASSES, Receiving, Running, Turnstile, exit_code, goes_on, until, walker
 
 pytestmark = pytest.mark.slow
 
@@ -104,6 +104,25 @@ def test_it_goes_with_the_machine(tmp_path):
     assert not os.path.exists(served.path)
     with pytest.raises(pykvm.ConfigError, match="was it started with --control"):
         served.ask("status")
+
+
+def test_snapshot(served, tmp_path):
+    """The guest goes on; so does its copy, from where it stood."""
+    until(lambda: len(served.machine.console.data) == PASSES // 2)
+    out = str(tmp_path / "snap")
+    assert served.ask("snapshot", dir=out) == {"ok": True, "dir": out}
+    assert goes_on(served.machine)
+    with pykvm.Machine.restore(out) as copy:
+        copy.add_device(Turnstile(PASSES), port=0x50)
+        result = copy.run(TIMEOUT)
+        assert (result.console, result.exit_code) == (CONSOLE, exit_code())
+    served.ask("pause")
+    served.ask("snapshot", dir=out)
+    assert served.ask("status")["status"] == "paused"
+    with pytest.raises(pykvm.ConfigError, match="no snapshot"):
+        served.ask("snapshot", dir=str(tmp_path))
+    served.ask("resume")
+    assert goes_on(served.machine)
 
 
 @pytest.mark.parametrize(

@@ -95,6 +95,23 @@ def test_slots_that_come_go_and_move(machine):
         assert log.look() == 0
 
 
+def test_one_log_at_a_time(machine):
+    with DirtyLog(machine.vm, machine.memory) as log:
+        drain(log)
+        with pytest.raises(pykvm.ConfigError, match="logged already"), DirtyLog(machine.vm, machine.memory):
+            pass
+        with pytest.raises(pykvm.ConfigError, match="logged already"):
+            machine.checkpoint()
+        machine.memory.write(0x300000, b"x")
+        assert drain(log) == [0x300]  # the first one goes on
+    machine.checkpoint()
+    with pytest.raises(pykvm.ConfigError, match="the machine has a checkpoint"), DirtyLog(machine.vm, machine.memory):
+        pass
+    machine.memory.write(0x300000, b"y")
+    machine.reset()
+    assert machine.memory.read(0x300000, 1) == b"x"
+
+
 def test_it_needs_its_slots(machine):
     slot = machine.memory.slots[0]
     with pytest.raises(pykvm.ConfigError, match="none of this VM's"):

@@ -424,6 +424,7 @@ def poor(monkeypatch):
         return host
 
     monkeypatch.setattr(Host, "of", classmethod(of))
+    monkeypatch.setattr("pykvm.state.restore.boot_id", lambda: "another host's")
 
 
 def test_a_guest_that_the_destination_cannot_run(machine, poor):
