@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from _thread import _local
+
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from typing import Any
 
     from pykvm.symbols import Symbols
 
-__all__ = ["Insn", "disassemble", "window"]
+__all__ = ["Insn", "decoder", "disassemble", "window"]
 
 _LONGEST = 15
+_made = _local()
 _NEAR = 4096  # a symbol farther back than this is not decoded from
 
 
@@ -39,11 +43,21 @@ def disassemble(data: bytes, address: int, bits: int, count: int = 0) -> list[In
 
     Ends early at bytes that are no instruction.
     """
-    import capstone
+    return [Insn(i.address, bytes(i.bytes), i.mnemonic, i.op_str) for i in decoder(bits).disasm(data, address, count)]
 
-    mode = {16: capstone.CS_MODE_16, 32: capstone.CS_MODE_32, 64: capstone.CS_MODE_64}[bits]
-    engine = capstone.Cs(capstone.CS_ARCH_X86, mode)
-    return [Insn(i.address, bytes(i.bytes), i.mnemonic, i.op_str) for i in engine.disasm(data, address, count)]
+
+def decoder(bits: int, *, detail: bool = False) -> Any:
+    """A ``capstone.Cs`` for 16-, 32- or 64-bit code, with operands when ``detail``. To make one takes as long as to decode some
+    instructions; each thread keeps its own, since they must not be shared."""
+    made: dict[str, Any] = _made.__dict__
+    engine = made.get(name := f"{bits} {detail}")
+    if engine is None:
+        import capstone
+
+        mode = {16: capstone.CS_MODE_16, 32: capstone.CS_MODE_32, 64: capstone.CS_MODE_64}[bits]
+        engine = made[name] = capstone.Cs(capstone.CS_ARCH_X86, mode)
+        engine.detail = detail
+    return engine
 
 
 def window(

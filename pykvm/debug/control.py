@@ -97,7 +97,7 @@ class Control:
         """Stop after an instruction that has written ``size`` bytes at ``gva`` (1, 2, 4 or 8, aligned), or read or written them.
 
         By a debug register, or where this host's do not fire by steps: every instruction then costs some ten microseconds, and only
-        writes of another value are seen. To see reads each instruction is decoded, which costs hundreds (operands.py).
+        writes of another value are seen. To see reads each instruction is decoded, which costs hundreds.
         """
         self._check_idle()
         if access not in _DR7_ACCESS:
@@ -350,16 +350,14 @@ class Control:
 
     def _touched(self, cpu: int, watchpoints: list[Watchpoint]) -> Watchpoint | None:
         """The watchpoint that the next instruction reads, or (those for both) writes."""
-        from pykvm.debug.operands import read, written
-        from pykvm.disasm import disassemble
+        from pykvm.x86.operation import Operation
 
-        view = self.view(cpu)
-        insn = next(iter(disassemble(view.read(view.rip, 15), view.rip, view.bits, 1)), None)
-        reads = read(view, insn)
-        for watchpoint in watchpoints:
-            places = reads if watchpoint.access == "read" else reads + written(view, insn)
-            if any(gva < watchpoint.gva + watchpoint.size and watchpoint.gva < gva + size for gva, size in places):
-                return watchpoint
+        operation = Operation.here(self.view(cpu))
+        accesses = [] if operation is None else operation.accesses()
+        for w in watchpoints:
+            places = [a for a in accesses if a.read or w.access == "access"]
+            if any(a.linear < w.gva + w.size and w.gva < a.linear + a.size for a in places):
+                return w
         return None
 
     def _all_idle(self) -> bool:

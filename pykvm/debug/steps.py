@@ -9,11 +9,11 @@ from __future__ import annotations
 from time import monotonic
 
 from pykvm.abi import ffi
-from pykvm.debug.operands import SHOWN, written
 from pykvm.debug.reach import end_of, run_to
 from pykvm.debug.trace import Event
 from pykvm.debug.trace_text import Formatter, printable
 from pykvm.records import RecordRing
+from pykvm.x86.operation import Operation
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from pykvm.x86.view import CpuView
 
 __all__ = ["Step", "run_steps"]
+
+_SHOWN = 64  # bytes of one write that are shown
 
 _GENERAL = ("rax", "rbx", "rcx", "rdx", "rsi", "rdi", "rbp", "rsp", *(f"r{n}" for n in range(8, 16)))
 _CONTROL = ("cr0", "cr2", "cr3", "cr4", "cr8", "efer")
@@ -86,7 +88,7 @@ def _register_text(name: str, before: int, after: int) -> str:
 def _memory_text(before: bytes, after: bytes) -> str:
     if len(after) in (1, 2, 4, 8):
         return f"{int.from_bytes(before, 'little'):#x} => {int.from_bytes(after, 'little'):#x}"
-    return f"{before[:SHOWN].hex(' ')} => {after[:SHOWN].hex(' ')}"
+    return f"{before[:_SHOWN].hex(' ')} => {after[:_SHOWN].hex(' ')}"
 
 
 def run_steps(tracer: Tracer, timeout: float | None) -> Result:
@@ -142,7 +144,9 @@ def _one(tracer: Tracer, control: Control, cpu: int, before: CpuView, ring: _Rin
     place = tracer.locator.at(before, before.rip)
     tracer.seen += 1
     step = Step(tracer.seen, cpu, place, tracer.machine.cpus > 1)
-    targets = [(gva, before.read(gva, size), size) for gva, size in written(before, place.insn)]
+    operation = Operation.here(before)
+    touched = [] if operation is None else [(a.linear, min(a.size, _SHOWN)) for a in operation.accesses() if a.write]
+    targets = [(gva, before.read(gva, size), size) for gva, size in touched]
     stopped = control.step(cpu, left)
     step.memory = [(gva, was, b"") for gva, was, _ in targets]
     return stopped, step, ring.take()

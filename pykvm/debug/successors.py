@@ -7,6 +7,7 @@ SYSCALL), vol. 3 sections 6.14 (64-bit gates), 20.1.4 (the real-mode interrupt v
 
 from __future__ import annotations
 
+from pykvm.disasm import decoder
 from pykvm.errors import ConfigError, KvmError
 from pykvm.probe import cpl0_emulated
 from pykvm.x86.msr import msr_number
@@ -112,8 +113,7 @@ class _Decoder:
         self.user = view.cpl == 3
         self.base = 0 if self.bits == 64 else view.sregs.cs.base
         self.mask = (1 << self.bits) - 1
-        engine = capstone.Cs(capstone.CS_ARCH_X86, {16: capstone.CS_MODE_16, 32: capstone.CS_MODE_32, 64: capstone.CS_MODE_64}[self.bits])
-        engine.detail = True
+        engine = decoder(self.bits, detail=True)
         # Decoded at its offset in CS: that is what relative branches wrap around in.
         self.insn: Any = next(engine.disasm(view.read(view.rip, _LONGEST), view.regs.rip & self.mask, 1), None)
         self.branches = (

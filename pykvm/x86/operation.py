@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pykvm.disasm import decoder
 from pykvm.x86.regs import CR0
 
 TYPE_CHECKING = False
@@ -27,21 +28,18 @@ _VEX_ALIGNED = ("vmovaps", "vmovapd", "vmovdqa", "vmovntps", "vmovntpd", "vmovnt
 
 
 def engine_for(bits: int) -> Any:
-    """A capstone engine for 16-, 32- or 64-bit code, with operands. One must not be used by two threads at once."""
-    import capstone
-
-    engine = capstone.Cs(capstone.CS_ARCH_X86, {16: capstone.CS_MODE_16, 32: capstone.CS_MODE_32, 64: capstone.CS_MODE_64}[bits])
-    engine.detail = True
-    return engine
+    """This thread's capstone engine for 16-, 32- or 64-bit code, with operands. One must not be used by two threads at once."""
+    return decoder(bits, detail=True)
 
 
 class Access:
-    """Memory that an instruction touches: ``offset`` in ``segment``, ``linear``, ``size`` bytes, a write or a read."""
+    """Memory that an instruction touches: ``offset`` in ``segment``, ``linear``, ``size`` bytes, a ``write``, a ``read``, or both."""
 
-    __slots__ = ("linear", "offset", "segment", "size", "stack", "write")
+    __slots__ = ("linear", "offset", "read", "segment", "size", "stack", "write")
 
     def __init__(self, segment: str, offset: int, linear: int, size: int, write: bool, stack: bool = False) -> None:
         self.segment, self.offset, self.linear, self.size, self.write, self.stack = segment, offset, linear, size, write, stack
+        self.read = not write
 
 
 class Operation:
@@ -190,6 +188,7 @@ class Operation:
                     elif self.mnemonic.startswith(_ONLY_READ):
                         write = False
                     found.append(self.address(operand, write))
+                    found[-1].read = not write or bool(operand.access & _READ)
         if self.mnemonic.startswith("xlat"):
             at = int(self.view.regs.rbx) + (int(self.view.regs.rax) & 0xFF)
             found.append(self.place("ds", at & (1 << 8 * self.insn.addr_size) - 1, 1, False))
