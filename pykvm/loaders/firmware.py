@@ -7,7 +7,7 @@ Sources: SDM vol. 3 section 10.1.4 (the first instruction); the ranges are those
 
 from __future__ import annotations
 
-from pykvm.errors import GuestImageError
+from pykvm.errors import ConfigError, GuestImageError
 from pykvm.loaders.image import ImageInfo, Segment
 from pykvm.platform import FIRMWARE_END, RESET_VECTOR_GPA
 from pykvm.units import MIB, PAGE_SIZE, format_size
@@ -55,7 +55,7 @@ def peek(data: bytes, path: str, headers: Headers | None, why: str) -> ImageInfo
 def hand_over(info: ImageInfo, data: bytes, memory: GuestMemory, handover: Handover) -> tuple[list[tuple[int, bytes]], dict[str, int]]:
     """The copy below 1 MiB. Firmware gets neither a command line nor modules this way."""
     if handover.modules or handover.cmdline:
-        raise GuestImageError(info.path, None, "firmware takes no --append and no --initrd")
+        raise ConfigError("firmware takes no --append and no --initrd: it asks fw_cfg for what it wants")
     assert info.rom is not None
     size = min(MIRROR, info.rom[1])
     if not memory.contains(MIB - size, size):

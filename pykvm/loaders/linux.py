@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from struct import pack_into, unpack_from
 
-from pykvm.errors import GuestImageError
+from pykvm.errors import ConfigError, GuestImageError
 from pykvm.loaders.bzimage import is_bzimage, setup_size
 from pykvm.loaders.handover import Room, text_bytes
 from pykvm.loaders.image import ImageInfo, Segment
@@ -60,10 +60,9 @@ def hand_over(info: ImageInfo, data: bytes, memory: GuestMemory, handover: Hando
     line = text_bytes(handover.cmdline)
     most = unpack_from("<I", data, _CMDLINE_SIZE)[0] if version >= 0x206 else 255
     if len(line) - 1 > most:
-        why = f"it takes a command line of at most {most} bytes, not {len(line) - 1}: shorten --append"
-        raise GuestImageError(info.path, _CMDLINE_SIZE, why)
+        raise ConfigError(f"{info.path} takes a command line of at most {most} bytes, not {len(line) - 1}: shorten --append")
     if len(handover.modules) > 1:
-        raise GuestImageError(info.path, None, "Linux takes one initrd: put the archives behind each other in one file")
+        raise ConfigError("Linux takes one --initrd: put the archives behind each other in one file")
     initrd, length = 0, 0
     for module in handover.modules:
         initrd, length = room.above(module.data, f"initrd {module.name}"), len(module.data)

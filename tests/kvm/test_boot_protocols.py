@@ -107,7 +107,7 @@ def test_the_command_line_says_what_it_took_the_file_for(tmp_path):
         (["hello", "--initrd", "/proc/self/status"], 64, "takes no --initrd"),
         (["multiboot_info", "--mode", "long"], 64, "--mode long is for ELF files"),
         (["hello", "--format", "multiboot"], 65, "no multiboot header"),
-        (["reset_vector", "--append", "x"], 65, "no --append"),
+        (["reset_vector", "--append", "x"], 64, "no --append"),
         (["reset_vector", "--entry", "0x1000"], 64, "reset vector"),
         (["hello", "--firmware", "x"], 64, "one word too many"),
         (["--firmware", "x", "--format", "elf"], 64, "give one of the two"),

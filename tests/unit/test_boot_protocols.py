@@ -347,7 +347,7 @@ def test_bad_firmware():
     info = peek(data, format="firmware")
     with pytest.raises(GuestImageError, match="--memory 1M"):
         load(info, data, firmware_memory(info, 64 << 10))
-    with pytest.raises(GuestImageError, match="no --append"):
+    with pytest.raises(ConfigError, match="no --append"):
         load(info, data, firmware_memory(info), handover=Handover("words"))
 
 

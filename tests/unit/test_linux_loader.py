@@ -90,13 +90,13 @@ def test_refused(data, why):
 
 def test_what_it_cannot_take():
     data = bzimage()
-    for handover, why in (
-        (Handover("x" * 256), "at most 255 bytes"),
-        (Handover(modules=[Module(b"a"), Module(b"b")]), "one initrd"),
-        (Handover(modules=[Module(bytes(2 * MIB), "big")]), "initrd big .*--memory"),
+    for handover, error, why in (
+        (Handover("x" * 256), ConfigError, "at most 255 bytes"),
+        (Handover(modules=[Module(b"a"), Module(b"b")]), ConfigError, "one --initrd"),
+        (Handover(modules=[Module(bytes(2 * MIB), "big")]), GuestImageError, "initrd big .*--memory"),
     ):
         memory = Memory()
-        with pytest.raises(GuestImageError, match=why):
+        with pytest.raises(error, match=why):
             load(peek(data), data, memory, handover=handover)
         assert memory.writes == 0
     low = bytearray(data)
