@@ -29,9 +29,7 @@ MACHINE_OPTIONS = [
     Option("--mode", "CPU mode to start in; auto asks the image", default="auto", choices=("auto", "real", "protected", "long", "user")),
     Option("--entry", "guest physical address to start at, instead of the image's own", "GPA", convert=parse_address),
     Option("--append", "command line for the guest (RSI points at it, or its boot protocol says)", "TEXT", ""),
-    Option(
-        "--initrd", "a module for a multiboot, PVH or Linux image, with words of its own; may be given again", "FILE[ TEXT]", many=True
-    ),
+    Option("--initrd", "a module for a multiboot, PVH or Linux image, with words of its own; may be given again", "FILE[ TEXT]", many=True),
     Option("--format", "what the image is; auto looks, and says what it found", default="auto", choices=("auto", *FORMATS)),
     Option("--cpus", "vCPUs; those after the first wait for INIT and SIPI; what the image asks for, else 1", "N", convert=int),
     Option(
