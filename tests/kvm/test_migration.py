@@ -100,6 +100,22 @@ def test_a_guest_moves(options):
         link.close()
 
 
+@pytest.mark.slow
+def test_output_on_its_way_moves_once():
+    """What the native loop has collected, and nobody has seen yet."""
+    code = pykvm.asm("sti; mov ecx, 20000; mov al, 'x'; 1: out 0xe9, al; dec ecx; jnz 1b; out 0xf4, al", bits=64, org=0x100000)
+    printed = [bytearray(), bytearray()]
+    with pykvm.Machine(code, mode="long", memory="2M", entry=0x100000, on_output=printed[0].extend) as machine:
+        running = Running(machine)
+        a, b = socket.socketpair()
+        there = Receiving(b, prepare=lambda machine: None, on_output=printed[1].extend)
+        move(machine, a)
+        assert running.end().reason == "migrated"
+        assert there.wait().running.end().console == "x" * 20000
+        assert len(printed[0]) + len(printed[1]) == 20000
+        there.close()
+
+
 @pytest.mark.parametrize("name", ["smp_user", "ipi", "lapic_timer", "pic_pit", "tsc_deadline", "xsave_live"])
 @pytest.mark.slow
 def test_gallery_guests_move_at_a_random_moment(name, system):
