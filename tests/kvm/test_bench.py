@@ -163,6 +163,19 @@ def test_steps_go_up_from_c_to_python():
         bench_steps(*chosen(["HLT"]))
 
 
+@slow
+def test_the_command_prints_steps(capsys):
+    try:
+        assert bench.main(["steps", "--kind", "PIO in 8"]) == 0
+    except ConfigError as error:
+        pytest.skip(f"the kernel or a security policy lets no process trace its child: {error}")
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert lines[2] == ["part", "C", "native", "python", "naive", "cffi"]
+    (total,) = (list(map(int, line[1:])) for line in lines if line[:1] == ["all"])
+    functions = [list(map(int, line[-4:])) for line in lines[lines.index(["all", *map(str, total)]) + 3 :]]
+    assert [sum(column) for column in zip(*functions, strict=True)] == total
+
+
 def affinity():
     return os.sched_getaffinity(0)
 
