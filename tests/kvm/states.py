@@ -1,5 +1,7 @@
 """What tests of saved states share: memory copied, machines stopped at an exit, guests run to their ends."""
 
+import json
+
 import pytest
 
 from pykvm import GuestCrash, GuestMemory, Machine
@@ -75,3 +77,10 @@ def again(machine, **options):
     """The machine restored from its state, which has been through JSON, and a copy of its memory."""
     state = machine.save()
     return Machine.restore(MachineState.from_json(state.to_json()), copy(machine.memory), **options)
+
+
+def a_state():
+    """A state as JSON's tree, and the memory that goes with it."""
+    with start("pic_pit") as machine:
+        stop_at(machine, 3)
+        return json.loads(machine.save().to_json()), copy(machine.memory)

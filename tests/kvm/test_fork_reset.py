@@ -3,8 +3,6 @@
 import gc
 
 import pytest
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 
 from pykvm import ConfigError, Machine, StateError, asm
 from pykvm.units import PAGE_SIZE
@@ -196,21 +194,6 @@ def test_page_tables_that_the_host_has_changed():
             assert machine.memory.read_u64(directory + 16) == entry
             assert machine.run(TIMEOUT).exit_code == 4
             machine.reset()
-
-
-@settings(max_examples=15, deadline=None, suppress_health_check=list(HealthCheck), database=None, derandomize=True)
-@given(st.lists(st.tuples(st.integers(0x200, 0x3FE), st.integers(0, 0xFFFFFFFF)), max_size=20), st.integers(0, 3))
-def test_whatever_is_written(writes, runs):
-    with Machine(COUNTS, mode="user", memory="4M") as machine:
-        machine.run(TIMEOUT)
-        machine.checkpoint()
-        state, memory = machine.save(), copy(machine.memory)
-        for page, value in writes:
-            machine.memory.write_u32(page * PAGE_SIZE + value % 1000 * 4, value)
-        for _ in range(runs):
-            machine.run(TIMEOUT)
-        machine.reset()
-        same(machine, state, memory)
 
 
 def test_what_cannot_be_put_back_is_refused():
