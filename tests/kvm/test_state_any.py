@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 
 STATE = cache(a_state)
 
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", gallery.names())
 def test_a_guest_goes_on_from_anywhere(name):
