@@ -77,6 +77,7 @@ def test_int_through_an_interrupt_stack():
     assert (code, regs.rsp, stack[0], stack[3]) == (42, 0x160000 - 40, here + 2, 0x200000)
 
 
+@pytest.mark.shadow
 @pytest.mark.parametrize("bits", [16, 32])
 @pytest.mark.parametrize("overflow", [False, True])
 def test_into(bits, overflow):
@@ -161,6 +162,7 @@ def test_what_cannot_be_finished_says_why():
     assert "user space did not finish it: it accesses 4 bytes of MMIO at gpa 0xd0100000" in crash.value.explanation
 
 
+@pytest.mark.shadow
 def test_mmio_operands_reach_their_device():
     """On every host: KVM's emulator does not know POPCNT, which is what it needs for MMIO."""
 

@@ -111,6 +111,7 @@ def test_cmpxchg16b_of_two_vcpus():
     assert (result.assisted.get("cmpxchg16b", 0) >= 2 * times) == probe.cpl0_emulated()
 
 
+@pytest.mark.shadow
 def test_sse_operands_in_mmio():
     """On every host: KVM's emulator knows some SSE moves, and no arithmetic."""
     seen = []
@@ -144,6 +145,7 @@ NARROW = {
 }  # fmt: skip
 
 
+@pytest.mark.shadow  # without unrestricted guest, real mode is partly emulated
 @pytest.mark.parametrize(
     ("bits", "memory"), [(16, "bx + si - 8"), (16, "0x6000"), (16, "fs:0x20"), (32, "esi + edi * 4 + 0x10"), (32, "0x160000"), (32, "ebp")]
 )
