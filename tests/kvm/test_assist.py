@@ -8,7 +8,7 @@ import pytest
 import pykvm
 from pykvm import GuestCrash, Machine, probe
 from tests.conftest import TIMEOUT
-from tests.kvm.assist import CF, INTERRUPT, OF, SF, STATUS, TRAP, ZF, at_the_handler, gate, has, same_at_both_levels, with_rows
+from tests.kvm.assist import CF, INTERRUPT, OF, SF, STATUS, TRAP, ZF, at_the_handler, gate, has, same_at_both_levels, tcg, with_rows
 
 # instruction -> the flags that it leaves defined (SDM vol. 2)
 BITS = {
@@ -51,6 +51,8 @@ def test_bmi_and_adx():
 @pytest.mark.parametrize("bits", [32, 64])
 def test_int_goes_through_its_gate(insn, vector, size, access, bits):
     """The frame has the address behind the instruction, and an interrupt gate clears IF (SDM vol. 3 section 6.12.1.3)."""
+    if vector == 1 and not probe.cpl0_emulated():
+        pytest.skip("this host executes CPL0 code: KVM intercepts the #DB of INT1, and injects it in its own way (probed)")
     source = f"{gate(vector, access, bits)} lidt [idtr]; mov esp, 0x170004; sti; stc; here: {insn}"
     code, regs, sregs, stack, here, _ = at_the_handler(source, bits)
     assert code == 42
@@ -99,6 +101,8 @@ def test_into(bits, overflow):
 )
 def test_int_through_a_bad_gate_faults_at_the_instruction(access, vector, what):
     """#NP or #GP with the gate's error code (SDM vol. 3 section 6.13): index, IDT, not external."""
+    if tcg():
+        pytest.skip("QEMU's TCG pushes the error code of a gate at twice its index, and RIP behind the instruction")
     bad = gate(0x31, access, 64)
     source = f"{bad} {gate(vector, TRAP, 64)} lidt [idtr]; mov esp, 0x170000; here: int 0x31"
     code, _, _, stack, here, _ = at_the_handler(source, 64)
@@ -133,8 +137,8 @@ def test_the_shadow_of_sti_ends():
     """Interrupts may come in behind the instruction after STI: KVM is told that it is done."""
     from pykvm.debug.control import Control
 
-    if not probe.single_step("long"):
-        pytest.skip("this host does not single-step CPL0 (probed)")
+    if not probe.cpl0_emulated():
+        pytest.skip("this host executes CPL0 code: a shadow is the CPU's, and a step may cover two instructions (probed)")
     with Machine(pykvm.asm("sti; popcnt eax, ecx; nop; hlt", org=0x100000), mode="long", memory="2M") as machine:
         control = Control(machine)
         shadows = [(control.step(0, TIMEOUT).rip, machine.vcpu.get_vcpu_events().interrupt.shadow != 0) for _ in range(2)]
