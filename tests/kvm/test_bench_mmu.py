@@ -173,6 +173,7 @@ def test_code_is_never_writable_and_executable():
     assert lib.pykvm_bench_code(b"\x90" * 5000, 5000) < 0
 
 
+@slow
 def test_nothing_is_left_behind():
     before = processes()
     fds, maps, cpus = len(os.listdir("/proc/self/fd")), 0, os.sched_getaffinity(0)
@@ -212,6 +213,7 @@ def stop_at(workload, i):
 
 
 @pytest.mark.parametrize(("at", "rows"), [(("switch", 0), ["first_map"]), (("switch", 2), ["first_map", "switch"])])
+@slow
 def test_ctrl_c_keeps_what_was_measured(at, rows):
     before = processes()
     with pytest.raises(Interrupted) as caught:
@@ -226,6 +228,7 @@ def test_ctrl_c_with_nothing_measured():
     assert not isinstance(caught.value, Interrupted)
 
 
+@slow
 def test_ctrl_c_prints_and_says_so(capsys, monkeypatch):
     from pykvm.cli import bench_mmu as cli
 

@@ -97,6 +97,7 @@ def test_debug_exit_of_32_bits(flat):
     assert run("run", flat("mov al, 5; out 0xf4, al"), *FLAT, "--qemu-exit-status", "--timeout", LIMIT).returncode == 11
 
 
+@slow
 def test_triple_fault_is_explained():
     done = run("run", "triple_fault", "--timeout", LIMIT)
     assert done.returncode == 70
