@@ -35,7 +35,7 @@ ffi.cdef(_without_comments("state.cdef"))
 ffi.cdef(_without_comments("assist.cdef"))
 ffi.cdef(_without_comments("bench.cdef"))
 _parts = ["runloop.c", "session.c", "trace.c", "step.c", "migrate.c", "state.c", "assist.c"]
-_parts += ["bench.c", "bench_irq.c", "bench_traps.c", "bench_mmu.c", "bench_steps.c", "bench_copy.c"]
+_parts += ["bench.c", "bench_irq.c", "bench_traps.c", "bench_mmu.c", "bench_steps.c", "bench_copy.c", "bench_state.c"]
 ffi.set_source(
     "pykvm._native",
     "#include <sys/mman.h>\n"

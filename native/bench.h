@@ -2,6 +2,7 @@
 #ifndef PYKVM_BENCH_H
 #define PYKVM_BENCH_H
 
+#include "state.h"
 #include <stdint.h>
 #include <linux/kvm.h>
 
@@ -31,5 +32,12 @@ int pykvm_bench_traced(void);
 int pykvm_bench_trace(int pid);
 int64_t pykvm_bench_steps(int pid, uint32_t runs, uint64_t *at, uint32_t room);
 int64_t pykvm_bench_copy(uint64_t source, uint64_t size, uint32_t piece);
+
+int pykvm_bench_restore(int kvm_fd, const char *path, uint64_t size, const struct pykvm_reset_vcpu *c, struct kvm_cpuid2 *cpuid,
+			uint64_t run_size, uint64_t *handles);
+int pykvm_bench_fork(int kvm_fd, uint64_t ram, uint64_t size, int anonymous, const struct pykvm_reset_vcpu *c, struct kvm_cpuid2 *cpuid,
+		     uint64_t run_size, uint64_t *handles);
+int64_t pykvm_bench_resets(struct pykvm_reset *r, uint32_t count);
+int pykvm_bench_save(const char *path, const uint8_t *memory, uint64_t size, uint32_t *sums);
 
 #endif

@@ -28,6 +28,36 @@ static int is_zero(const uint8_t *page)
 	return 1;
 }
 
+/* --- memory that nobody has touched ------------------------------------------------------------------------------------- */
+
+#define PAGES_A_CHUNK (PYKVM_CHUNK / PAGE)
+#define PRESENT_OR_SWAPPED (3ull << 62)
+
+/* Which pages of a chunk of anonymous memory have been touched; to read one that has not would cost a page fault (proc(5), pagemap). */
+struct touched {
+	int fd;		/* /proc/self/pagemap, -1: all count as touched */
+	uint64_t entries[PAGES_A_CHUNK];
+};
+
+static void begin_touched(struct touched *t, int anonymous)
+{
+	t->fd = anonymous ? open("/proc/self/pagemap", O_RDONLY | O_CLOEXEC) : -1;
+}
+
+static void look_touched(struct touched *t, const uint8_t *chunk, uint64_t size)
+{
+	ssize_t want = (ssize_t)(size / PAGE * 8);
+
+	if (t->fd < 0 || pread(t->fd, t->entries, (size_t)want, (off_t)((uintptr_t)chunk / PAGE * 8)) != want)
+		memset(t->entries, 0xff, sizeof(t->entries));
+}
+
+static void end_touched(struct touched *t)
+{
+	if (t->fd >= 0)
+		close(t->fd);
+}
+
 /* --- memory files -------------------------------------------------------------------------------------------------------- */
 
 /* A chunk's checksum goes over its pages that are not zero, each with its number before it: 0 for a chunk of zeros. */
@@ -51,17 +81,20 @@ static int write_all(int fd, const uint8_t *data, uint64_t size, uint64_t at)
 }
 
 /* Write memory to the file, which is sparse: zero pages are left out. One checksum a chunk. Returns bytes written, or -errno. */
-int64_t pykvm_save_pages(int fd, const uint8_t *memory, uint64_t size, uint32_t *sums)
+int64_t pykvm_save_pages(int fd, const uint8_t *memory, uint64_t size, uint32_t *sums, int anonymous)
 {
+	struct touched touched;
 	int64_t written = 0;
 
+	begin_touched(&touched, anonymous);
 	for (uint64_t start = 0; start < size; start += PYKVM_CHUNK) {
 		uint64_t end = size - start < PYKVM_CHUNK ? size : start + PYKVM_CHUNK, run = start, at;
 		uint32_t sum = 0;
 		int r = 0;
 
+		look_touched(&touched, memory + start, end - start);
 		for (at = start; at < end && !r; at += PAGE) {
-			if (!is_zero(memory + at)) {
+			if (touched.entries[(at - start) / PAGE] & PRESENT_OR_SWAPPED && !is_zero(memory + at)) {
 				sum = add_page(sum, (uint32_t)((at - start) / PAGE), memory + at);
 				continue;
 			}
@@ -74,10 +107,13 @@ int64_t pykvm_save_pages(int fd, const uint8_t *memory, uint64_t size, uint32_t 
 			r = write_all(fd, memory + run, end - run, run);
 			written += (int64_t)(end - run);
 		}
-		if (r)
-			return r;
+		if (r) {
+			written = r;
+			break;
+		}
 		sums[start / PYKVM_CHUNK] = sum;
 	}
+	end_touched(&touched);
 	return written;
 }
 
@@ -123,16 +159,21 @@ int pykvm_exchange(const char *a, const char *b)
 /* --- copies -------------------------------------------------------------------------------------------------------------- */
 
 /* Copy into memory that is zero; returns how many pages were not. */
-uint64_t pykvm_copy_pages(uint8_t *to, const uint8_t *from, uint64_t size)
+uint64_t pykvm_copy_pages(uint8_t *to, const uint8_t *from, uint64_t size, int anonymous)
 {
+	struct touched touched;
 	uint64_t pages = 0;
 
+	begin_touched(&touched, anonymous);
 	for (uint64_t at = 0; at < size; at += PAGE) {
-		if (is_zero(from + at))
+		if (at % PYKVM_CHUNK == 0)
+			look_touched(&touched, from + at, size - at < PYKVM_CHUNK ? size - at : PYKVM_CHUNK);
+		if (!(touched.entries[at % PYKVM_CHUNK / PAGE] & PRESENT_OR_SWAPPED) || is_zero(from + at))
 			continue;
 		memcpy(to + at, from + at, PAGE);
 		pages++;
 	}
+	end_touched(&touched);
 	return pages;
 }
 

@@ -47,9 +47,9 @@ struct pykvm_reset {
 };
 
 int pykvm_reset(struct pykvm_reset *r);
-int64_t pykvm_save_pages(int fd, const uint8_t *memory, uint64_t size, uint32_t *sums);
+int64_t pykvm_save_pages(int fd, const uint8_t *memory, uint64_t size, uint32_t *sums, int anonymous);
 int64_t pykvm_check_pages(int fd, uint64_t size, const uint32_t *sums);
-uint64_t pykvm_copy_pages(uint8_t *to, const uint8_t *from, uint64_t size);
+uint64_t pykvm_copy_pages(uint8_t *to, const uint8_t *from, uint64_t size, int anonymous);
 int pykvm_remap_private(uint64_t hva, uint64_t size, int fd);
 int pykvm_exchange(const char *a, const char *b);
 

@@ -365,18 +365,28 @@ def _start(rounds: int, vms: int, json: bool) -> int:
 def _state(size: int, rounds: int, json: bool) -> int:
     from pykvm.bench.migration import bench_migration
     from pykvm.bench.paired import Interrupted
+    from pykvm.bench.saved import bench_saved
 
     interrupted = False
+    row, saved = None, []
     try:
+        saved = bench_saved(5 * rounds, 512 << 20, size // 4, _progress("bench state"))
         row = bench_migration(size, rounds, _progress("bench state, migration"))
     except Interrupted as interrupt:
-        row, interrupted = interrupt.measured, True
+        interrupted = True
+        if isinstance(interrupt.measured, list):
+            saved = interrupt.measured
+        else:
+            row = interrupt.measured
     finally:
         _end_progress()
     if json:
-        _print_json("state", migration=row.as_dict())
+        _print_json("state", comparisons=[c.as_dict() for c in saved], migration=None if row is None else row.as_dict())
     else:
-        print(row)
+        for comparison in saved:
+            print(_comparison(comparison))
+        if row is not None:
+            print(row)
     return _status(interrupted)
 
 

@@ -105,4 +105,6 @@ def _fill(fd: int, slot: MemSlot) -> None:
     import mmap
 
     with mmap.mmap(fd, slot.size) as mapping:
-        lib.pykvm_copy_pages(ffi.from_buffer("uint8_t[]", mapping), ffi.cast("uint8_t *", slot.hva), slot.size)
+        to, memory = ffi.from_buffer("uint8_t[]", mapping), ffi.cast("uint8_t *", slot.hva)
+        lib.pykvm_copy_pages(to, memory, slot.size, slot.backing == "anonymous")
+        del to  # which holds the mapping

@@ -16,7 +16,7 @@ from __future__ import annotations
 from pykvm.abi import ffi, lib
 from pykvm.cpuid import Cpuid, CpuidEntry
 from pykvm.errors import KvmError, StateError
-from pykvm.state.plain import Fields, Hex, Int, Kernel, List, Optional, plain, struct
+from pykvm.state.plain import Fields, Hex, Int, Kernel, List, Optional, Row, plain, struct
 from pykvm.x86.msr import MSRS, msr_name
 
 TYPE_CHECKING = False
@@ -36,8 +36,8 @@ _LEGACY, _HEADER = 512, 64  # bytes of an XSAVE area: FXSAVE's part, and the hea
 _ROW = List(Int(32), count=7)
 SHAPE = Fields({
     "id": Int(32), "asked": List(_ROW, 256), "cpuid": List(_ROW, 256), "tsc_khz": Int(32), "regs": Kernel("struct kvm_regs"),
-    "sregs": Kernel("struct kvm_sregs2"), "xcrs": List(List(Int(64), count=2), 16), "xsave": Hex(_XSAVE_MOST),
-    "debugregs": Kernel("struct kvm_debugregs"), "lapic": Optional(Hex(4096)), "msrs": List(List(Int(64), count=2), 1024),
+    "sregs": Kernel("struct kvm_sregs2"), "xcrs": List(Row(Int(32), Int(64)), 16), "xsave": Hex(_XSAVE_MOST),
+    "debugregs": Kernel("struct kvm_debugregs"), "lapic": Optional(Hex(4096)), "msrs": List(Row(Int(32), Int(64)), 1024),
     "mp_state": Int(8), "events": Kernel("struct kvm_vcpu_events"), "nested": Optional(Hex(1 << 16)),
 })  # fmt: skip
 

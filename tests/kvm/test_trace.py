@@ -263,18 +263,6 @@ def test_symbols_as_beginning_and_end(capfd):
     assert len(out) == 1 and "debug exit" in out[0]
 
 
-def test_the_breakpoint_at_the_end_is_no_event_and_all_others_are():
-    """Where it is a planted OUT, those of the guest's own of the same size are told from it."""
-    source = "mov edx, 0xe0; mov ecx, 3; 1: out dx, eax; dec ecx; jnz 1b; nop; mov ebx, 7; out dx, eax; hlt"
-    with flat(source) as machine:
-        end = 0x100000 + machine.memory.read(0x100000, 64).index(b"\xbb\x07")
-        found = []
-        result = Tracer(machine, until=hex(end), sink=found.append).run(TIMEOUT)
-        assert result.reason == "until"
-        assert [(e.qualifier, e.size) for e in found] == [(0xE0, 4)] * 3
-        assert machine.vcpu.get_regs().rip == end
-
-
 def test_crashes_are_explained(capfd):
     out, err = lines(capfd, "triple_fault", status=70)
     assert "SHUTDOWN" in out[-1]
