@@ -158,6 +158,7 @@ def pykvm(*arguments):
     )
 
 
+@pytest.mark.slow
 def test_commands(tmp_path):
     place = tmp_path / "snap"
     done = pykvm("snapshot", "hello", "--at", 5, "--out", place)
@@ -177,6 +178,7 @@ def test_commands(tmp_path):
     assert len(done.stderr.splitlines()) == 1
 
 
+@pytest.mark.slow
 def test_commands_that_cannot_be(tmp_path):
     done = pykvm("snapshot", "hello", "--at", 500, "--out", tmp_path / "snap")
     assert done.returncode == 1
