@@ -104,14 +104,15 @@ class Incoming:
         first = MachineState.from_json(stream.receive(wire.STATE).head)
         memory = _memory_for(first)
         try:
-            arrival = Arrival(first, memory, self._adapt, self._accept_tsc)
-            self.machine = Machine.__new__(Machine)
-            self.machine._make(config_of(first), arrival, **self._options)
-            self.machine.restored = arrival
-            self._prepare(self.machine)
+            config, arrival = config_of(first), Arrival(first, memory, self._adapt, self._accept_tsc)
+            machine = Machine.__new__(Machine)
+            machine._make(config, arrival, **self._options)
         except BaseException:
             memory.close()
             raise
+        self.machine = machine
+        machine.restored = arrival
+        self._prepare(machine)
         stream.send_fields(wire.WELCOME, software="pykvm", notes=arrival.remarks)
         return arrival, first
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import re
 import socket
 import stat
@@ -153,6 +154,18 @@ def test_bad_lines(served, line, error):
     answers = served.raw(line + b'\n\n{"command": "status"}\n')
     assert [answer["ok"] for answer in answers] == [False, True]
     assert error in answers[0]["error"]
+    assert goes_on(served.machine)
+
+
+def test_rubbish(served):
+    """Whatever the lines are, each is answered, and none of them stops the guest."""
+    rng = random.Random(3)
+    words = [b"{", b"}", b'"command"', b":", b'"status"', b'"pau', b"null", b"1e999", b"\xff", b"\0", b"[", b'"to"', b",", b" ", b"\\u"]
+    lines = [rng.randbytes(rng.randrange(1, 200)).replace(b"\n", b"") or b"x" for _ in range(150)]
+    lines += [b"x" + b"".join(rng.choices(words, k=rng.randrange(1, 12))) for _ in range(150)]
+    lines = [line for line in lines if line.strip()]
+    answers = served.raw(b"\n".join(lines) + b"\n")
+    assert [answer["ok"] for answer in answers] == [False] * len(lines)
     assert goes_on(served.machine)
 
 

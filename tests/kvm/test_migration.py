@@ -1,7 +1,10 @@
 """Live migration of real guests: they go on as if nothing had happened; and whatever goes wrong, one copy runs, never two."""
 
+import gc
+import os
 import random
 import socket
+import threading
 from time import sleep
 
 import pytest
@@ -218,18 +221,19 @@ page:   inc qword ptr [rdi]
 
 @pytest.mark.slow
 def test_a_guest_that_writes_too_fast_is_slowed(monkeypatch):
-    """It writes up to 40 MB/s, round and round in 2 MiB; the wire takes 10 MB/s, and what is left at the end shall take 30 ms."""
+    """It writes up to 100 MB/s, round and round in 2 MiB; the wire takes 5 MB/s, and what is left at the end shall take 30 ms."""
     sending = Stream.send
 
     def slowly(stream, kind, head=b"", body=b"", *rest):
-        sleep(len(body) / 10e6)
+        sleep(len(body) / 5e6)
         sending(stream, kind, head, body, *rest)
 
     monkeypatch.setattr(Stream, "send", slowly)
     monkeypatch.setattr(source, "REST", 0.0)
+    monkeypatch.setattr(source, "FEW_PAGES", 0)
     with pykvm.Machine("halt") as machine:
         khz = machine.vcpu.get_tsc_khz() or 1_000_000
-    code = pykvm.asm(WRITER.format(pace=khz // 10), bits=64, org=0x100000)
+    code = pykvm.asm(WRITER.format(pace=khz // 25), bits=64, org=0x100000)
     with pykvm.Machine(code, mode="long", memory="4M", entry=0x100000) as machine:
         running = Running(machine)
         a, b = socket.socketpair()
@@ -496,6 +500,57 @@ def test_a_guest_that_the_destination_cannot_run(machine, poor):
     assert migration.rounds == []
     assert goes_on(machine)
     assert "sse2" in str(there.wait().error)
+
+
+def test_a_state_that_is_none(machine, monkeypatch):
+    """The destination says what is wrong with it, and the guest goes on."""
+    asked = machine.save
+
+    def save():
+        state = asked()
+        return state.replace(machine={**state.machine, "irqchip": "abacus"})
+
+    monkeypatch.setattr(machine, "save", save)
+    a, b = socket.socketpair()
+    there = Receiving(b)
+    with pytest.raises(MigrationError, match=r"refuses: vcpus\[0\]\.lapic: it does not go with irqchip abacus"):
+        move(machine, a)
+    assert goes_on(machine)
+    assert there.wait().machine is None
+
+
+@pytest.mark.slow
+def test_moves_leave_nothing_behind(machine, monkeypatch):
+    """Neither those that come to an end nor those that do not: no fd, no thread, no mapping of the guest's size."""
+
+    def everything():
+        gc.collect()
+        with open("/proc/self/maps") as maps:
+            return len(os.listdir("/proc/self/fd")), threading.active_count(), len(maps.readlines())
+
+    def once(fail):
+        with walker(PASSES // 2) as other, pytest.MonkeyPatch.context() as patch:
+            running = Running(other)
+            a, b = socket.socketpair()
+            there = Receiving(b, most=PASSES // 2)
+            if fail:
+                patch.setattr(Stream, "send_at_once", lambda stream, kind: False)
+                with pytest.raises(MigrationError):
+                    move(other, a)
+                other.stop()
+            else:
+                move(other, a)
+            running.thread.join(TIMEOUT)
+            there.wait().close()
+
+    for fail in (True, False):
+        once(fail)  # modules, and pools of threads and memory
+    fds, threads, maps = everything()
+    for i in range(10):
+        once(i % 2)
+    now = everything()
+    assert now[:2] == (fds, threads)
+    assert now[2] < maps + 10
 
 
 @pytest.mark.slow
