@@ -4,6 +4,7 @@
 #include <string.h>
 
 #define PAGE 4096
+#define PRESENT_OR_SWAPPED (3ull << 62) /* of a pagemap entry */
 
 /* --- CRC-32C: the CPU's own instruction where there is one (SSE4.2), else four tables ---------------------------------- */
 
@@ -91,11 +92,11 @@ static uint64_t next_dirty(const uint64_t *bitmap, uint64_t page, uint64_t pages
 	return pages;
 }
 
-int64_t pykvm_pack_pages(const uint8_t *memory, const uint64_t *bitmap, uint64_t pages, uint64_t base, uint64_t *next, uint64_t look,
+int64_t pykvm_pack_pages(const uint8_t *memory, const uint64_t *bitmap, uint64_t pages, uint64_t base, const uint64_t *pagemap, uint64_t *next, uint64_t look,
 			 uint8_t *buffer, uint64_t room, struct pykvm_page_run *run, uint32_t rows, uint32_t *used,
 			 uint32_t *sum)
 {
-	uint64_t page = next_dirty(bitmap, *next, pages), packed = 0;
+	uint64_t first = *next, page = next_dirty(bitmap, first, pages), packed = 0;
 	uint32_t n = 0;
 
 	*sum = 0;
@@ -103,8 +104,11 @@ int64_t pykvm_pack_pages(const uint8_t *memory, const uint64_t *bitmap, uint64_t
 		uint8_t *copy = buffer + packed * PAGE;
 		uint32_t kind;
 
-		memcpy(copy, memory + page * PAGE, PAGE);
-		kind = is_zero(copy) ? PYKVM_RUN_ZERO : PYKVM_RUN_DATA;
+		kind = PYKVM_RUN_ZERO;
+		if (!pagemap || pagemap[page - first] & PRESENT_OR_SWAPPED) {
+			memcpy(copy, memory + page * PAGE, PAGE);
+			kind = is_zero(copy) ? PYKVM_RUN_ZERO : PYKVM_RUN_DATA;
+		}
 		if (n && run[n - 1].kind == kind && run[n - 1].page + run[n - 1].count == base + page) {
 			run[n - 1].count++;
 		} else {

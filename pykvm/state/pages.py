@@ -7,6 +7,7 @@ the guest may write it while its checksum is made; the receiver reads the body s
 
 from __future__ import annotations
 
+import os
 from struct import iter_unpack
 
 from pykvm.abi import ffi, lib
@@ -17,6 +18,7 @@ from pykvm.units import PAGE_SIZE
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from typing import Any
 
     from pykvm.memory import GuestMemory, MemSlot
     from pykvm.state.dirtylog import DirtyLog
@@ -38,6 +40,7 @@ class PageSender:
         self._rows = ffi.new("struct pykvm_page_run[]", MAX_ROWS)
         self._table = memoryview(ffi.buffer(self._rows))
         self._next, self._used, self._sum = ffi.new("uint64_t *"), ffi.new("uint32_t *"), ffi.new("uint32_t *")
+        self._read: set[MemSlot] = set()  # all of whose pages were dirty once: what is dirty after that has been touched
         self.pages = self.zeros = 0
 
     def send_all(self, log: DirtyLog, check: Callable[[], object]) -> None:
@@ -45,17 +48,33 @@ class PageSender:
         buffer = ffi.from_buffer(self._buffer)
         for slot, bitmap, first, end in log.chunks():
             memory, words = ffi.cast("uint8_t *", slot.hva), ffi.cast("uint64_t *", ffi.from_buffer(bitmap))
+            touched = _pagemap(slot, first, end) if slot not in self._read else None
             self._next[0] = first
             while self._next[0] < end:
                 check()
+                at = self._next[0]
                 packed = lib.pykvm_pack_pages(
-                    memory, words, end, slot.gpa // PAGE_SIZE, self._next, LOOK, buffer, ROOM, self._rows, MAX_ROWS, self._used, self._sum
-                )
+                    memory, words, end, slot.gpa // PAGE_SIZE, ffi.NULL if touched is None else touched + (at - first), self._next, LOOK,
+                    buffer, ROOM, self._rows, MAX_ROWS, self._used, self._sum,
+                )  # fmt: skip
                 used = self._used[0]
                 if used:
                     self._stream.send(PAGES, self._table[: 16 * used], self._view[: packed * PAGE_SIZE], self._sum[0])
                     pages = sum(self._rows[i].count for i in range(used))
                     self.pages, self.zeros = self.pages + pages, self.zeros + pages - packed
+        self._read.update(log.dirty)
+
+
+def _pagemap(slot: MemSlot, first: int, end: int) -> Any:
+    """What /proc/self/pagemap says of the slot's pages, a cffi array; None where memory that was not touched need not be zero."""
+    if slot.backing != "anonymous":
+        return None
+    try:
+        with open("/proc/self/pagemap", "rb", buffering=0) as file:
+            entries = os.pread(file.fileno(), 8 * (end - first), (slot.hva // PAGE_SIZE + first) * 8)
+    except OSError:
+        return None
+    return ffi.from_buffer("uint64_t[]", entries) if len(entries) == 8 * (end - first) else None
 
 
 class PageReceiver:

@@ -9,13 +9,14 @@ from contextlib import suppress
 from struct import pack
 from threading import Thread
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pykvm import GuestMemory, MigrationError
 from pykvm.state import stream as wire
-from pykvm.state.pages import PageReceiver
+from pykvm.state.pages import PageReceiver, PageSender
 from pykvm.state.stream import HEADER, Stream, crc32c
 
 
@@ -254,3 +255,69 @@ def test_json_fields_are_compact(pair):
     ours, theirs = pair
     ours.send_fields(wire.WELCOME, a=[1, 2], b=None)
     assert theirs.receive(wire.WELCOME).head == json.dumps({"a": [1, 2], "b": None}, separators=(",", ":")).encode()
+
+
+class Log:
+    """As a DirtyLog whose dirty pages are these."""
+
+    def __init__(self, memory, pages, chunk):
+        self.dirty, self.chunk = {}, chunk
+        for slot in memory.slots:
+            bitmap = np.zeros(-(-slot.size // 4096 // 64), np.uint64)
+            for page in pages:
+                at = page - slot.gpa // 4096
+                if 0 <= at < slot.size // 4096:
+                    bitmap[at // 64] |= np.uint64(1 << at % 64)
+            self.dirty[slot] = bitmap
+
+    def chunks(self):
+        for slot, bitmap in self.dirty.items():
+            for first in range(0, slot.size // 4096, self.chunk):
+                yield slot, bitmap, first, min(first + self.chunk, slot.size // 4096)
+
+
+PAGES = 700  # of the first slot; the second one has 100, from page 0x1000 on
+
+
+@settings(deadline=None, max_examples=25)
+@given(
+    written=st.dictionaries(st.one_of(st.integers(0, PAGES - 1), st.integers(0x1000, 0x1063)), st.integers(0, 3), max_size=60),
+    filled=st.booleans(),
+    dirty=st.one_of(st.just(None), st.sets(st.one_of(st.integers(0, PAGES - 1), st.integers(0x1000, 0x1063)))),
+    chunk=st.sampled_from([64, 192, 1 << 14]),
+    backing=st.sampled_from(["anonymous", "memfd"]),
+)
+def test_dirty_pages_arrive(written, filled, dirty, chunk, backing):
+    """Touched, zero and untouched ones; in two rounds, as a migration sends them."""
+    every = [*range(PAGES), *range(0x1000, 0x1064)]
+    a, b = socket.socketpair()
+    with GuestMemory() as here, GuestMemory() as there:
+        for memory in (here, there):
+            memory.add(0, PAGES * 4096, backing if memory is here else "anonymous")
+            memory.add(0x1000000, 100 * 4096)
+        if filled:
+            here.write(0, b"\x55" * (PAGES * 4096))
+        for page, what in written.items():
+            here.write(page * 4096, [bytes(4096), b"\1" + bytes(4095), bytes(4095) + b"\1", bytes([page & 0xFF]) * 4096][what])
+        ours, theirs = Stream(a, patience=5), Stream(b, patience=5)
+        sender = PageSender(ours)
+
+        def send():
+            sender.send_all(Log(here, every, chunk), lambda: None)
+            if dirty is not None:
+                for page in dirty:
+                    here.write_u64(page * 4096 + 8, 0 if page % 3 else page)
+                sender.send_all(Log(here, dirty, chunk), lambda: None)
+            ours.send(wire.ROUND)
+
+        thread = Thread(target=send)
+        thread.start()
+        with PageReceiver(theirs, there) as receiver:
+            while (got := theirs.receive(wire.PAGES, wire.ROUND)).kind == wire.PAGES:
+                receiver.take(got)
+        thread.join()
+        assert there.read(0, PAGES * 4096) == here.read(0, PAGES * 4096)
+        assert there.read(0x1000000, 100 * 4096) == here.read(0x1000000, 100 * 4096)
+        assert receiver.pages == sender.pages == len(every) + len(dirty or ())
+        ours.close()
+        theirs.close()
