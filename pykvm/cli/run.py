@@ -230,12 +230,12 @@ def _report(machine: Machine, result: Result, status: int, timeout: float | None
         say("pykvm: the guest reset itself")
     elif result.reason == "killed":
         say("pykvm: killed by gdb")
-    elif result.reason == "migrated":
-        say(f"pykvm: the guest has moved to {machine.moved_to}, and goes on there")
     elif result.reason == "quit":
         say("pykvm: ended from the control socket")
     elif status == 63 and (result.exit_code or 0) > 63:
         say(f"pykvm: debug exit code {result.exit_code} ({result.exit_code:#x})")
+    if machine.moved_to is not None:
+        say(f"pykvm: the guest has moved to {machine.moved_to}, and goes on there")
 
 
 def _table(rows: list[StatRow]) -> str:

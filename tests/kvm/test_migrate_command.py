@@ -15,13 +15,20 @@ pytestmark = pytest.mark.slow
 PYKVM = [sys.executable, "-m", "pykvm"]
 
 
+def heed_ctrl_c():
+    """Whoever started pytest in the background made it, and its children, ignore SIGINT."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 @pytest.fixture
 def start():
     """start(*arguments) -> a process with pipes; all are gone at the end."""
     processes = []
 
     def start(*arguments):
-        process = subprocess.Popen([*PYKVM, *arguments], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, bufsize=0)
+        process = subprocess.Popen(
+            [*PYKVM, *arguments], preexec_fn=heed_ctrl_c, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, bufsize=0
+        )
         processes.append(process)
         return process
 
@@ -131,6 +138,23 @@ def test_a_destination_that_stalls_and_ctrl_c(echo, there, start):
     source.stdin.write(b"still\n")
     out, err = source.communicate(timeout=TIMEOUT)
     assert (source.returncode, out) == (0, b"STILL\n"), err
+
+
+def test_ctrl_c_at_the_source(echo, there, start):
+    """Its run ends, and a move that was on its way with it."""
+    (source, control), (destination, where) = echo, there
+    os.kill(destination.pid, signal.SIGSTOP)
+    moving = start("migrate", control, "--to", f"unix:{where}")
+    until(lambda: "migration" in json.loads(pykvm("control", control, "status", "--json")[1]))
+    source.send_signal(signal.SIGINT)
+    _, err = source.communicate(timeout=TIMEOUT)
+    assert source.returncode == 130, err
+    assert b"interrupted" in err and b"no migration: the guest" in err and b"moved" not in err
+    _, err = moving.communicate(timeout=TIMEOUT)
+    assert moving.returncode == 75, err
+    os.kill(destination.pid, signal.SIGCONT)
+    out, err = destination.communicate(timeout=TIMEOUT)
+    assert (destination.returncode, out) == (75, b""), err
 
 
 def test_control(echo):

@@ -78,7 +78,15 @@ def test_it_is_the_guest_that_it_should_be():
         assert (result.console, result.exit_code) == (CONSOLE, exit_code())
 
 
-@pytest.mark.parametrize("options", [{}, {"irqchip": "kernel"}, {"irqchip": "split"}, {"loop": "python"}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"irqchip": "kernel"},
+        pytest.param({"irqchip": "split"}, marks=pytest.mark.slow),
+        pytest.param({"loop": "python"}, marks=pytest.mark.slow),
+    ],
+)
 def test_a_guest_moves(options):
     with walker(PASSES // 2, **options) as machine:
         running = Running(machine)
@@ -502,6 +510,7 @@ def test_a_guest_that_the_destination_cannot_run(machine, poor):
     assert "sse2" in str(there.wait().error)
 
 
+@pytest.mark.slow
 def test_a_state_that_is_none(machine, monkeypatch):
     """The destination says what is wrong with it, and the guest goes on."""
     asked = machine.save
@@ -597,6 +606,7 @@ def test_a_guest_that_ends_first(machine, monkeypatch):
     assert there.wait().machine is None
 
 
+@pytest.mark.slow
 def test_a_turnstile_that_is_not_there(machine):
     """A device that the destination lacks: its state waits for who adds it, and the port reads as nobody's."""
     a, b = socket.socketpair()
