@@ -27,11 +27,11 @@ def tcg():
 
 
 @cache
-def _code(instructions, rows, sse, first):
+def _code(instructions, rows, sse):
     """Code that carries out each instruction on so many rows of its own."""
     load = "; ".join(f"movdqu xmm{n}, [rdi + {XMM + 16 * n}]" for n in range(4)) + "; ldmxcsr [rdi + 40]" if sse else "nop"
     store = "; ".join(f"movdqu [rdi + {XMM + 16 * n}], xmm{n}" for n in range(4)) + "; stmxcsr [rdi + 40]" if sse else "nop"
-    parts = [first, f"mov edi, {ROWS}"]
+    parts = [f"mov edi, {ROWS}"]
     for n, insn in enumerate(instructions):
         parts.append(
             f"""mov r14d, {rows}
@@ -44,9 +44,21 @@ def _code(instructions, rows, sse, first):
     return pykvm.asm("; ".join(parts) + "; mov al, 0; out 0xf4, al", org=ORG)
 
 
-def results(instructions, rows, mode, sse=False, first="nop"):
+def avx_on(vcpu):
+    """CR4.OSXSAVE and XCR0 for x87, SSE and AVX, from outside: not every emulated CPU lets KVM know of XSETBV."""
+    sregs, xcrs = vcpu.get_sregs(), vcpu.get_xcrs()
+    sregs.cr4 |= 1 << 18
+    vcpu.set_sregs(sregs)
+    xcrs.nr_xcrs = 1
+    xcrs.xcrs[0].xcr, xcrs.xcrs[0].value = 0, 7
+    vcpu.set_xcrs(xcrs)
+
+
+def results(instructions, rows, mode, sse=False, avx=False):
     """[what has become of ``rows`` for this instruction], and the machine's counts of assisted instructions."""
-    with Machine(_code(tuple(instructions), len(rows), sse, first), mode=mode, memory="2M") as machine:
+    with Machine(_code(tuple(instructions), len(rows), sse), mode=mode, memory="2M") as machine:
+        if avx:
+            avx_on(machine.vcpu)
         machine.memory.write(ROWS, b"".join(rows) * len(instructions))
         assert machine.run(TIMEOUT).exit_code == 0
         data = machine.memory.read(ROWS, ROW * len(rows) * len(instructions))
@@ -89,10 +101,10 @@ def with_rows(count):
     return decorate
 
 
-def same_at_both_levels(table, rows, sse=False, first="nop"):
-    """Compare; the counts of assisted instructions. ``table``: an instruction -> the flags it defines; ``first``: code that CPL0 needs."""
+def same_at_both_levels(table, rows, sse=False, avx=False):
+    """Compare; the counts of assisted instructions. ``table``: an instruction -> the flags it defines; ``avx``: switched on for CPL0."""
     instructions = [*table]
-    got, counts = results(instructions, rows, "long", sse, first)
+    got, counts = results(instructions, rows, "long", sse, avx)
     want, _ = results(instructions, rows, "user", sse)
     for insn, mine, cpus, row_flags in zip(instructions, got, want, table.values(), strict=True):
         for before, a, b in zip(rows, mine, cpus, strict=True):

@@ -70,9 +70,6 @@ def test_x87(rows):
     assert ("fsqrt" in counts) == probe.cpl0_emulated()
 
 
-AVX_ON = "mov rax, cr4; bts eax, 18; mov cr4, rax; xor ecx, ecx; xor edx, edx; mov eax, 7; xsetbv"
-
-
 @pytest.mark.parametrize(("insns", "needs"), [(AVX, "vzeroupper"), (AVX2, "vpaddd ymm0, ymm0, ymm0")])
 def test_avx_and_xsave(insns, needs):
     if not has(needs):
@@ -80,7 +77,7 @@ def test_avx_and_xsave(insns, needs):
 
     @with_rows(2)
     def compare(rows):
-        same_at_both_levels(dict.fromkeys(insns, STATUS & ~0x8D5), rows, first=AVX_ON)
+        same_at_both_levels(dict.fromkeys(insns, STATUS & ~0x8D5), rows, avx=True)
 
     compare()
 
