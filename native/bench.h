@@ -35,7 +35,7 @@ int64_t pykvm_bench_copy(uint64_t source, uint64_t size, uint32_t piece);
 
 int pykvm_bench_restore(int kvm_fd, const char *path, uint64_t size, const struct pykvm_reset_vcpu *c, struct kvm_cpuid2 *cpuid,
 			uint64_t run_size, uint64_t *handles);
-int pykvm_bench_fork(int kvm_fd, uint64_t ram, uint64_t size, int anonymous, const struct pykvm_reset_vcpu *c, struct kvm_cpuid2 *cpuid,
+int pykvm_bench_fork(int kvm_fd, uint64_t ram, uint64_t size, int from, const struct pykvm_reset_vcpu *c, struct kvm_cpuid2 *cpuid,
 		     uint64_t run_size, uint64_t *handles);
 int64_t pykvm_bench_resets(struct pykvm_reset *r, uint32_t count);
 int pykvm_bench_save(const char *path, const uint8_t *memory, uint64_t size, uint32_t *sums);

@@ -80,7 +80,7 @@ int pykvm_bench_restore(int kvm_fd, const char *path, uint64_t size, const struc
 }
 
 /* Memory to a memfd, mapped privately in place and in a VM of its own. Returns 0 or -errno. */
-int pykvm_bench_fork(int kvm_fd, uint64_t ram, uint64_t size, int anonymous, const struct pykvm_reset_vcpu *c, struct kvm_cpuid2 *cpuid,
+int pykvm_bench_fork(int kvm_fd, uint64_t ram, uint64_t size, int from, const struct pykvm_reset_vcpu *c, struct kvm_cpuid2 *cpuid,
 		     uint64_t run_size, uint64_t *handles)
 {
 	int file = memfd_create("bench", MFD_CLOEXEC), r;
@@ -91,12 +91,12 @@ int pykvm_bench_fork(int kvm_fd, uint64_t ram, uint64_t size, int anonymous, con
 	to = mmap(NULL, size, PROT_READ | PROT_WRITE, MAP_SHARED, file, 0);
 	if (to == MAP_FAILED)
 		return -errno;
-	pykvm_copy_pages(to, (const uint8_t *)(uintptr_t)ram, size, anonymous);
+	pykvm_copy_pages(to, (const uint8_t *)(uintptr_t)ram, size, from);
 	munmap(to, size);
 	r = pykvm_remap_private(ram, size, file);
 	if (!r)
 		r = make(kvm_fd, file, size, c, cpuid, run_size, handles);
-	close(file);
+	handles[4] = (uint64_t)file;	/* what the next one's memory is a private mapping of */
 	return r;
 }
 

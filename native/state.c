@@ -31,31 +31,64 @@ static int is_zero(const uint8_t *page)
 /* --- memory that nobody has touched ------------------------------------------------------------------------------------- */
 
 #define PAGES_A_CHUNK (PYKVM_CHUNK / PAGE)
-#define PRESENT_OR_SWAPPED (3ull << 62)
+#define PRESENT (1ull << 63)
+#define SWAPPED (1ull << 62)
+#define FILE_PAGE (1ull << 61)
+#define PRESENT_OR_SWAPPED (PRESENT | SWAPPED)
 
-/* Which pages of a chunk of anonymous memory have been touched; to read one that has not would cost a page fault (proc(5), pagemap). */
+/* Which pages of a chunk may be other than zero. To read one that nobody has touched would cost a page fault, and of a memfd a page too
+ * (proc(5), pagemap; lseek(2), SEEK_DATA). */
 struct touched {
-	int fd;		/* /proc/self/pagemap, -1: all count as touched */
+	int pagemap;	/* -1: all pages count */
+	int file;	/* what the memory is a private mapping of; -1: it is anonymous */
 	uint64_t entries[PAGES_A_CHUNK];
 };
 
-static void begin_touched(struct touched *t, int anonymous)
+static void begin_touched(struct touched *t, int file)
 {
-	t->fd = anonymous ? open("/proc/self/pagemap", O_RDONLY | O_CLOEXEC) : -1;
+	t->pagemap = file == PYKVM_ALL ? -1 : open("/proc/self/pagemap", O_RDONLY | O_CLOEXEC);
+	t->file = file;
 }
 
-static void look_touched(struct touched *t, const uint8_t *chunk, uint64_t size)
+/* Pages that the file has data for count too. */
+static void add_file(struct touched *t, uint64_t start, uint64_t size)
+{
+	uint64_t at = start, end = start + size;
+
+	for (uint64_t i = 0; i < size / PAGE; i++)
+		if (t->entries[i] & PRESENT && t->entries[i] & FILE_PAGE)
+			t->entries[i] = 0;
+	while (at < end) {
+		off_t data = lseek(t->file, (off_t)at, SEEK_DATA), hole;
+
+		if (data < 0 && errno == ENXIO)
+			return;
+		hole = data < 0 ? -1 : lseek(t->file, data, SEEK_HOLE);
+		if (hole < 0) {	/* this file does not tell */
+			data = (off_t)at;
+			hole = (off_t)end;
+		}
+		for (at = (uint64_t)data / PAGE * PAGE; at < end && at < (uint64_t)hole; at += PAGE)
+			t->entries[(at - start) / PAGE] |= PRESENT;
+		at = (uint64_t)hole;
+	}
+}
+
+/* The chunk of ``size`` bytes at ``start`` of the memory. */
+static void look_touched(struct touched *t, const uint8_t *memory, uint64_t start, uint64_t size)
 {
 	ssize_t want = (ssize_t)(size / PAGE * 8);
 
-	if (t->fd < 0 || pread(t->fd, t->entries, (size_t)want, (off_t)((uintptr_t)chunk / PAGE * 8)) != want)
+	if (t->pagemap < 0 || pread(t->pagemap, t->entries, (size_t)want, (off_t)((uintptr_t)(memory + start) / PAGE * 8)) != want)
 		memset(t->entries, 0xff, sizeof(t->entries));
+	else if (t->file >= 0)
+		add_file(t, start, size);
 }
 
 static void end_touched(struct touched *t)
 {
-	if (t->fd >= 0)
-		close(t->fd);
+	if (t->pagemap >= 0)
+		close(t->pagemap);
 }
 
 /* --- memory files -------------------------------------------------------------------------------------------------------- */
@@ -80,19 +113,20 @@ static int write_all(int fd, const uint8_t *data, uint64_t size, uint64_t at)
 	return 0;
 }
 
-/* Write memory to the file, which is sparse: zero pages are left out. One checksum a chunk. Returns bytes written, or -errno. */
-int64_t pykvm_save_pages(int fd, const uint8_t *memory, uint64_t size, uint32_t *sums, int anonymous)
+/* ``file``: what the memory is a private mapping of, PYKVM_ANONYMOUS, or PYKVM_ALL: read every page.
+ * Write memory to fd, which is sparse: zero pages are left out. One checksum a chunk. Returns bytes written, or -errno. */
+int64_t pykvm_save_pages(int fd, const uint8_t *memory, uint64_t size, uint32_t *sums, int file)
 {
 	struct touched touched;
 	int64_t written = 0;
 
-	begin_touched(&touched, anonymous);
+	begin_touched(&touched, file);
 	for (uint64_t start = 0; start < size; start += PYKVM_CHUNK) {
 		uint64_t end = size - start < PYKVM_CHUNK ? size : start + PYKVM_CHUNK, run = start, at;
 		uint32_t sum = 0;
 		int r = 0;
 
-		look_touched(&touched, memory + start, end - start);
+		look_touched(&touched, memory, start, end - start);
 		for (at = start; at < end && !r; at += PAGE) {
 			if (touched.entries[(at - start) / PAGE] & PRESENT_OR_SWAPPED && !is_zero(memory + at)) {
 				sum = add_page(sum, (uint32_t)((at - start) / PAGE), memory + at);
@@ -159,15 +193,15 @@ int pykvm_exchange(const char *a, const char *b)
 /* --- copies -------------------------------------------------------------------------------------------------------------- */
 
 /* Copy into memory that is zero; returns how many pages were not. */
-uint64_t pykvm_copy_pages(uint8_t *to, const uint8_t *from, uint64_t size, int anonymous)
+uint64_t pykvm_copy_pages(uint8_t *to, const uint8_t *from, uint64_t size, int file)
 {
 	struct touched touched;
 	uint64_t pages = 0;
 
-	begin_touched(&touched, anonymous);
+	begin_touched(&touched, file);
 	for (uint64_t at = 0; at < size; at += PAGE) {
 		if (at % PYKVM_CHUNK == 0)
-			look_touched(&touched, from + at, size - at < PYKVM_CHUNK ? size - at : PYKVM_CHUNK);
+			look_touched(&touched, from, at, size - at < PYKVM_CHUNK ? size - at : PYKVM_CHUNK);
 		if (!(touched.entries[at % PYKVM_CHUNK / PAGE] & PRESENT_OR_SWAPPED) || is_zero(from + at))
 			continue;
 		memcpy(to + at, from + at, PAGE);

@@ -9,6 +9,10 @@
 
 #define PYKVM_CHUNK (1u << 20)	/* bytes of memory that share a checksum */
 
+/* For ``file`` of the next two functions, which is else the fd that the memory is a private mapping of. */
+#define PYKVM_ANONYMOUS -1
+#define PYKVM_ALL -2	/* nothing is known of it: read every page */
+
 /* A memory slot that is put back. ``base`` has the bytes as they were; bitmaps have a bit for each page. */
 struct pykvm_reset_slot {
 	struct kvm_userspace_memory_region region;
@@ -47,9 +51,9 @@ struct pykvm_reset {
 };
 
 int pykvm_reset(struct pykvm_reset *r);
-int64_t pykvm_save_pages(int fd, const uint8_t *memory, uint64_t size, uint32_t *sums, int anonymous);
+int64_t pykvm_save_pages(int fd, const uint8_t *memory, uint64_t size, uint32_t *sums, int file);
 int64_t pykvm_check_pages(int fd, uint64_t size, const uint32_t *sums);
-uint64_t pykvm_copy_pages(uint8_t *to, const uint8_t *from, uint64_t size, int anonymous);
+uint64_t pykvm_copy_pages(uint8_t *to, const uint8_t *from, uint64_t size, int file);
 int pykvm_remap_private(uint64_t hva, uint64_t size, int fd);
 int pykvm_exchange(const char *a, const char *b);
 

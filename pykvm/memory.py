@@ -43,7 +43,7 @@ class MemSlot:
     ``id`` numbers it within its GuestMemory, ``backing`` says where the bytes come from ("anonymous", "memfd", "hugetlb", "private"
     for copy-on-write of a saved or shared memory, or a path),
     ``readonly`` that a guest's write exits as MMIO (KVM_CAP_READONLY_MEM), ``hva`` its host virtual address, ``fd`` the memfd, which
-    another process may map too, else -1.
+    another process may map too, of "private" memory the file, else -1.
     """
 
     __slots__ = ("_closing", "_users", "backing", "fd", "gpa", "hva", "id", "map", "readonly", "size")
@@ -53,6 +53,11 @@ class MemSlot:
         self.id, self.gpa, self.size = id, gpa, size
         self.backing, self.readonly, self.map, self.fd = backing, readonly, map, fd
         self.hva = int(ffi.cast("uintptr_t", ffi.from_buffer(map)))
+
+    @property
+    def file(self) -> int:
+        """For native/state.c: the file that this is a private mapping of, or what else is known of its pages."""
+        return self.fd if self.backing == "private" else lib.PYKVM_ANONYMOUS if self.backing == "anonymous" else lib.PYKVM_ALL
 
     def retain(self) -> None:
         """A VM has it: the mapping must stay."""
@@ -171,6 +176,9 @@ class GuestMemory(Closes):
         if error:
             raise ConfigError(f"{slot!r} cannot be mapped: {os.strerror(-error)}")
         slot.backing = "private"
+        if slot.fd >= 0:
+            os.close(slot.fd)
+        slot.fd = os.dup(fd)
 
     def replace(self, slot: MemSlot) -> MemSlot:
         """Other host memory with the same content for an anonymous or memfd ``slot``: same id, gpa and size, another hva.

@@ -124,15 +124,17 @@ def _fork(size: int, rounds: int, progress: Callable[[int, int], None] | None) -
             clone.close()
             return took
 
-        forks = 0
+        origin = lib.PYKVM_ANONYMOUS
 
         def in_c() -> float:
-            nonlocal forks
+            nonlocal origin
             _exit(other)
             start = perf_counter()
-            _check(lib.pykvm_bench_fork(c.kvm, slot.hva, slot.size, forks == 0, c.vcpu, c.cpuid, c.run_size, c.handles), "forking")
+            _check(lib.pykvm_bench_fork(c.kvm, slot.hva, slot.size, origin, c.vcpu, c.cpuid, c.run_size, c.handles), "forking")
             took = perf_counter() - start
-            forks += 1
+            if origin >= 0:
+                os.close(origin)
+            origin = c.handles[4]
             c.close()
             return took
 

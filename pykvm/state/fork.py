@@ -106,5 +106,5 @@ def _fill(fd: int, slot: MemSlot) -> None:
 
     with mmap.mmap(fd, slot.size) as mapping:
         to, memory = ffi.from_buffer("uint8_t[]", mapping), ffi.cast("uint8_t *", slot.hva)
-        lib.pykvm_copy_pages(to, memory, slot.size, slot.backing == "anonymous")
+        lib.pykvm_copy_pages(to, memory, slot.size, slot.file)
         del to  # which holds the mapping

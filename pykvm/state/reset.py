@@ -98,7 +98,7 @@ class Checkpoint:
             copy = mmap.mmap(-1, slot.size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | 0x4000)  # MAP_NORESERVE
             self._copies.append(copy)
             base = ffi.from_buffer("uint8_t[]", copy)
-            lib.pykvm_copy_pages(base, ffi.cast("uint8_t *", slot.hva), slot.size, slot.backing == "anonymous")
+            lib.pykvm_copy_pages(base, ffi.cast("uint8_t *", slot.hva), slot.size, slot.file)
             self._keep += [dirty, host, tables, base]
             row.region = (number, lib.KVM_MEM_LOG_DIRTY_PAGES, slot.gpa, slot.size, slot.hva)
             row.base, row.dirty, row.host, row.tables = base, dirty, host, tables

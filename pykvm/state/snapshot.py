@@ -81,7 +81,7 @@ def _write(directory: str, state: MachineState, slots: tuple[MemSlot, ...]) -> N
         try:
             os.truncate(fd, slot.size)
             chunks = ffi.new("uint32_t[]", -(-slot.size // lib.PYKVM_CHUNK))
-            done = lib.pykvm_save_pages(fd, ffi.cast("uint8_t *", slot.hva), slot.size, chunks, slot.backing == "anonymous")
+            done = lib.pykvm_save_pages(fd, ffi.cast("uint8_t *", slot.hva), slot.size, chunks, slot.file)
             if done < 0:
                 raise OSError(-done, os.strerror(-done))
             os.fsync(fd)
