@@ -104,6 +104,7 @@ class StateOrigin:
         self._host: Host | None = None
         self.notes: list[str] = []
         self.dropped: list[str] = []
+        self._same_boot = state.host["boot"] != "" and state.host["boot"] == boot_id()
         have = [(slot.gpa, slot.size, slot.readonly) for slot in memory.slots]
         want = [(slot["gpa"], slot["size"], slot["readonly"]) for slot in state.slots]
         if have != want:
@@ -115,7 +116,7 @@ class StateOrigin:
 
     def _compare(self, machine: Machine) -> None:
         """With this host; raises IncompatibleStateError. Where it is the very host that saved the state, there is nothing to compare."""
-        if self.state.host["boot"] and self.state.host["boot"] == boot_id():
+        if self._same_boot:
             return
         from pykvm.state.compat import Host, demand
 
@@ -138,7 +139,7 @@ class StateOrigin:
         """Registers, interrupt controllers, clocks, devices."""
         state, vm = self.state, machine.vm
         machine.boot = BootState(state.machine["start"], state.machine["mode"])
-        here = vcpustate.xsave_layout(machine.system.get_supported_cpuid())
+        here = self.state.host["xsave"] if self._same_boot else vcpustate.xsave_layout(machine.system.get_supported_cpuid())
         if state.services is not None and machine.services is not None:
             _load(machine.services, state.services, "services")
         if machine.cpu_model is None and machine.config.cpu is not None:

@@ -13,6 +13,8 @@ Sources: api.rst 4.1 to 4.43, 4.131 (sregs2), 4.134 (xsave2); SDM vol. 1 section
 
 from __future__ import annotations
 
+from functools import cache
+
 from pykvm.abi import ffi, lib
 from pykvm.cpuid import Cpuid, CpuidEntry
 from pykvm.errors import KvmError, StateError
@@ -45,6 +47,7 @@ SHAPE = Fields({
 _MTRRS = [number for name, number in MSRS.items() if name.startswith("IA32_MTRR_") and number <= 0x2FF]
 
 
+@cache
 def capability_msrs() -> frozenset[int]:
     """MSRs that say what the CPU or KVM is, not what the guest has done: where a host has others, the guest sees those."""
     names = (
@@ -67,14 +70,15 @@ def read(vm: VM, vcpu: VCPU, msrs: Iterable[int]) -> dict[str, Any]:
         sregs = plain(vcpu.get_sregs()) | {"flags": 0, "pdptrs": [0, 0, 0, 0]}
         del sregs["interrupt_bitmap"]  # an interrupt that waits is in the events too
     given = rows_of(vcpu.get_cpuid2())
+    asked = given if vcpu.asked is None else rows_of(vcpu.asked)  # whole: KVM may fill in a row that asks for zeros
     xcrs = []
     if has("KVM_CAP_XCRS"):
         got = vcpu.get_xcrs()
         xcrs = [[row.xcr, row.value] for row in got.xcrs[: got.nr_xcrs]]
     return {
         "id": vcpu.id,
-        "asked": given if vcpu.asked is None else rows_of(vcpu.asked),
-        "cpuid": given,
+        "asked": asked,
+        "cpuid": [row for row in given if any(row[3:])],
         "tsc_khz": vcpu.get_tsc_khz() if has("KVM_CAP_GET_TSC_KHZ") else 0,
         "regs": plain(vcpu.get_regs()),
         "sregs": sregs,
