@@ -1,4 +1,4 @@
-"""Images that others have made, from Debian's packages: Xen by multiboot, Linux by its PVH entry, memtest86+ by Linux' boot protocol.
+"""Others' images, from Debian's packages: Xen by multiboot, Linux by its PVH entry, memtest86+ by Linux' boot protocol, U-Boot as firmware.
 
 docs/guests-from-elsewhere.md shows these runs. (SeaBIOS is in test_seabios.py.)
 """
@@ -89,3 +89,10 @@ def test_memtest86():
         console = console_until(machine, "[Address test, walking ones")
     assert "Memtest86+ v" in console
     assert "Memory  :   64MB" in console
+
+
+def test_u_boot_from_the_reset_vector():
+    image = the("u-boot-qemu") / "usr/lib/u-boot/qemu-x86/u-boot.rom"
+    with Machine(str(image), format="firmware", memory="64M") as machine:
+        assert machine.info.rom == (0xFFF00000, 1 << 20)
+        assert "U-Boot " in console_until(machine, "DRAM:  64 MiB")
