@@ -70,19 +70,25 @@ class DirtyLog:
         self.dirty[slot] = bitmap
 
     def close(self) -> None:
-        """Note no more."""
-        self.memory.stop_log()
+        """Note no more. The VM may be gone by now, and its log with it."""
+        if self._host is not None:
+            self.memory.stop_log()
+            self._host = None
         for slot in self.dirty:
             if slot in self.vm.handle.slots.values():
-                try:
-                    self.vm.log_dirty_pages(slot, False)
-                except KvmError:
-                    pass  # the VM is gone, and its log with it
+                self._try(self.vm.log_dirty_pages, slot, False)
             slot.release()
         self.dirty.clear()
-        if self.manual and self.vm.fd >= 0:
-            self.vm.enable_cap("KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2", 0)
+        if self.manual:
+            self._try(self.vm.enable_cap, "KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2", 0)
             self.manual = False
+
+    def _try(self, ioctl: Callable[..., None], *arguments: Any) -> None:
+        try:
+            ioctl(*arguments)
+        except (KvmError, ConfigError):
+            if self.vm.fd >= 0:
+                raise
 
     def __exit__(self, *_: object) -> None:
         self.close()

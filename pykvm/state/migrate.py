@@ -120,7 +120,7 @@ class Migration:
         except BaseException as error:
             if self.progress.phase == "committed":
                 self.progress.phase = "uncertain"
-            elif self.progress.phase != "uncertain":
+            elif self.progress.phase not in ("uncertain", "done"):
                 self._give_up(str(error) if isinstance(error, PykvmError) else repr(error))
             if isinstance(error, PykvmError) and not isinstance(error, MigrationError):
                 raise MigrationError(str(error)) from error

@@ -52,8 +52,8 @@ class Arrival(StateOrigin):
 class Incoming:
     """One guest on its way here, over the connected socket ``sock``.
 
-    ``adapt``, ``accept_tsc``: as for Machine.restore(). ``prepare(machine)`` is called when there is a
-    machine, for devices of the caller's own. ``options`` are Machine.restore()'s.
+    ``adapt``, ``accept_tsc``: as for Machine.restore(). ``prepare(machine)`` is called when there is a machine, for devices of the caller's
+    own. ``options`` are Machine.restore()'s.
     """
 
     def __init__(

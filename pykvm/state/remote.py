@@ -110,7 +110,11 @@ class ControlServer:
                 continue
             thread = Thread(target=self._serve, args=(sock,), name="control client", daemon=True)
             self._clients[sock] = thread
-            thread.start()
+            try:
+                thread.start()
+            except RuntimeError:  # there are no more threads to be had
+                del self._clients[sock]
+                sock.close()
 
     def _serve(self, sock: socket.socket) -> None:
         try:
@@ -237,6 +241,8 @@ class ControlServer:
             self._settled.set()
 
     def _check_settled(self) -> None:
+        if self._closing:
+            raise ConfigError("the machine has ended")
         if not self._settled.is_set():
             raise ConfigError("the guest is on its way to somewhere else: cancel that first, or wait")
         if self.machine.moved_to is not None:

@@ -95,6 +95,13 @@ def test_slots_that_come_go_and_move(machine):
         assert log.look() == 0
 
 
+def test_the_vm_goes_first():
+    machine = pykvm.Machine(pykvm.asm(LOOP, bits=64, org=0x100000), mode="long", memory="16M", entry=0x100000)
+    with DirtyLog(machine.vm, machine.memory) as log:
+        drain(log)
+        machine.close()
+
+
 def test_one_log_at_a_time(machine):
     with DirtyLog(machine.vm, machine.memory) as log:
         drain(log)
