@@ -1,8 +1,8 @@
 """The command ``pykvm``: finds the subcommand, runs it, and turns exceptions into one line on stderr and an exit status.
 
 Exit statuses: 64 usage; 65 bad image; 69 no usable KVM; 70 the guest crashed; 74 the output cannot be written; 75 a migration did not take
-place; 124 time limit; 130 Ctrl-C; 141 nobody reads the output; `pykvm run` itself adds 0 and 1-63 (cli/run.py). Of hosts: 69 something is
-missing; 70 it failed.
+place, 76 it may have; 124 time limit; 130 Ctrl-C; 141 nobody reads the output; `pykvm run` itself adds 0 and 1-63 (cli/run.py). Of hosts:
+69 something is missing; 70 it failed.
 Parsing is in cli/options.py; each command is one module, imported when it is called.
 """
 

@@ -82,6 +82,7 @@ class Incoming:
             state = self._take_memory(machine)
             _check_same_guest(first, state)
             arrival.finish(machine, state)
+            _check_devices(machine)
             self.notes = arrival.remarks
             self.stream.send_fields(wire.READY, notes=self.notes)
             self.stream.receive(wire.COMMIT)
@@ -113,6 +114,8 @@ class Incoming:
         self.machine = machine
         machine.restored = arrival
         self._prepare(machine)
+        if first.services is None:  # what a guest has had made by hypercall comes with the last state
+            _check_devices(machine)
         stream.send_fields(wire.WELCOME, software="pykvm", notes=arrival.remarks)
         return arrival, first
 
@@ -151,6 +154,13 @@ def _memory_for(state: MachineState) -> GuestMemory:
         memory.close()
         raise
     return memory
+
+
+def _check_devices(machine: Machine) -> None:
+    """A guest must not wake up without a device that it was using."""
+    if machine.waiting_devices:
+        places = ", ".join(f"{'port' if space == 'pio' else 'gpa'} {base:#x}" for space, base in machine.waiting_devices)
+        raise MigrationError(f"the guest has devices that there are none of here: {places}")
 
 
 def _check_same_guest(first: MachineState, last: MachineState) -> None:

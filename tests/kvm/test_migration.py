@@ -26,7 +26,6 @@ from tests.kvm.moving import (
     Link,
     Receiving,
     Running,
-    Turnstile,
     exit_code,
     goes_on,
     move,
@@ -606,17 +605,20 @@ def test_a_guest_that_ends_first(machine, monkeypatch):
     assert there.wait().machine is None
 
 
-@pytest.mark.slow
-def test_a_turnstile_that_is_not_there(machine):
-    """A device that the destination lacks: its state waits for who adds it, and the port reads as nobody's."""
+def test_a_device_that_is_not_there(machine):
+    """It is refused by its place, before memory moves."""
     a, b = socket.socketpair()
-    there = Receiving(b, prepare=lambda machine: None, run=False)
-    move(machine, a)
-    there.wait()
-    assert list(there.machine.waiting_devices) == [("pio", 0x50)]
-    turnstile = Turnstile(PASSES)
-    there.machine.add_device(turnstile, port=0x50)
-    assert turnstile.passed == PASSES // 2
-    result = there.machine.run(TIMEOUT)
-    assert (result.console, result.exit_code) == (CONSOLE, exit_code())
-    there.close()
+    there = Receiving(b, prepare=lambda machine: None)
+    migration = Migration(machine, a, "there")
+    with pytest.raises(MigrationError, match="refuses: the guest has devices that there are none of here: port 0x50"):
+        migration.run()
+    assert migration.rounds == []
+    assert goes_on(machine)
+    assert there.wait().machine is None
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["ioeventfd", "coalesced", "irqfd"])
+def test_what_a_guest_has_had_made_by_hypercall_moves(name, system):
+    """Doorbells, coalesced pages and irqfds are made again where the guest goes, at whatever moment it moves."""
+    test_gallery_guests_move_at_a_random_moment(name, system)
