@@ -38,7 +38,8 @@ def fork(machine: Machine, options: dict[str, Any]) -> Machine:
     system = options.pop("system", None) or machine.system.another()
     own = system is not machine.system
     try:
-        clone = restored_machine(type(machine), state, shared.memory(), True, False, False, {**options, "system": system})
+        more = {**options, "system": system}
+        clone = restored_machine(type(machine), state, shared.memory(), True, False, False, more, machine.config)
     except BaseException:
         if own:
             system.close()

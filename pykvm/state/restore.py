@@ -72,8 +72,9 @@ def restored_machine(
     adapt: bool,
     accept_tsc: bool,
     options: dict[str, Any],
+    config: Config | None = None,
 ) -> Machine:
-    """What Machine.restore() does."""
+    """What Machine.restore() does; ``config``: that of the machine which the state is of, where it is at hand."""
     if not isinstance(source, MachineState):
         from pykvm.state.snapshot import open_snapshot
 
@@ -81,7 +82,7 @@ def restored_machine(
     if memory is None:
         raise ConfigError("a state without memory: give memory=, its slots with the guest's bytes, or a snapshot's directory")
     try:
-        config, origin = config_of(source), StateOrigin(source, memory, adapt, accept_tsc)
+        config, origin = config or config_of(source), StateOrigin(source, memory, adapt, accept_tsc)
         machine = kind.__new__(kind)
         machine._make(config, origin, **options)
     except BaseException:
@@ -145,7 +146,10 @@ class StateOrigin:
         if machine.cpu_model is None and machine.config.cpu is not None:
             from pykvm.x86.cpumodel import CpuModel
 
-            machine.cpu_model = CpuModel.parse(machine.config.cpu, machine.system)
+            try:
+                machine.cpu_model = CpuModel.parse(machine.config.cpu, machine.system)
+            except ConfigError as error:
+                raise StateError("machine.cpu", str(error)) from None
         for vcpu, data in zip(machine.vcpus, state.vcpus, strict=True):
             self.notes += vcpustate.write(vm, vcpu, data, state.host["xsave"], here)
         vmstate.write(vm, state.vm)
