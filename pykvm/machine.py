@@ -158,7 +158,7 @@ class Machine(Saveable, Closes):
         self._stats: Stats | None = None
         self._ledger: Ledger | None = None
         self.services: Services | None = None
-        self.waiting_devices: dict[tuple[str, int], dict[str, Any] | None] = {}
+        self.waiting_devices: dict[tuple[str, int], dict[str, Any]] = {}  # by space and base: rows of a saved state
         self._assist: Assist | None = None
         self._lines: dict[int, IrqLine] = {}  # by GSI: who asks for one twice gets the same
         self._running, self._clock_lock = False, RLock()

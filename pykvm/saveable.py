@@ -61,9 +61,9 @@ class Saveable:
     def _give_state(self, space: str, at: int, device: Any) -> None:
         """A device that is added to a restored machine gets the state of the one that was there when it was saved."""
         waiting = self._machine.waiting_devices
-        state = waiting.pop((space, at), None) if waiting else None
-        if state is not None and hasattr(device, "load"):
-            device.load(state)
+        row = waiting.pop((space, at), None) if waiting else None
+        if row is not None and row["state"] is not None and hasattr(device, "load"):
+            device.load(row["state"])
 
     def leave(self, to: str) -> None:
         """The guest goes on somewhere else, at ``to``: the run ends as "migrated", and this copy never runs again."""

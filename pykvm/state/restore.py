@@ -154,11 +154,11 @@ class StateOrigin:
             self.notes += vcpustate.write(vm, vcpu, data, state.host["xsave"], here)
         vmstate.write(vm, state.vm)
         machine.clock = state.vm["clock"]
-        waiting = {(d["space"], d["base"]): d["state"] for d in state.devices}
+        waiting = {(row["space"], row["base"]): row for row in state.devices}
         for space, base, name, device in device_places(machine):
-            data = waiting.pop((space, base), None)
-            if data is not None and hasattr(device, "load"):
-                _load(device, data, name)
+            row = waiting.pop((space, base), None)
+            if row is not None and row["state"] is not None and hasattr(device, "load"):
+                _load(device, row["state"], name)
         machine.waiting_devices = waiting
         for runner, data in zip(machine.runners, state.runners, strict=True):
             runner.vectors = data["vectors"]

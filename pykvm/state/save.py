@@ -56,10 +56,7 @@ def save(machine: Machine) -> MachineState:
         slots=[{"gpa": s.gpa, "size": s.size, "readonly": s.readonly} for s in machine.memory.slots],
         vcpus=[vcpustate.read(machine.vm, vcpu, indices) for vcpu in machine.vcpus],
         vm=vmstate.read(machine.vm, machine.clock),
-        devices=[
-            {"space": space, "base": base, "name": name, "state": None if not hasattr(device, "save") else _state_of(device, name)}
-            for space, base, name, device in device_places(machine)
-        ],
+        devices=_devices(machine),
         services=None if services is None else services.save(),
         runners=[
             {"vectors": list(runner.vectors), "exits": [[r, n] for r, n in enumerate(runner.vcpu.native.counts) if n]}
@@ -103,6 +100,15 @@ def device_places(machine: Machine) -> list[tuple[str, int, str, Any]]:
                 seen.append(claimed.device)
                 places.append((space.name, claimed.base, claimed.name, claimed.device))
     return places
+
+
+def _devices(machine: Machine) -> list[dict[str, Any]]:
+    """A row for each device, also for those that were there when the machine was saved before, and are not yet again."""
+    rows = [
+        {"space": space, "base": base, "name": name, "state": None if not hasattr(device, "save") else _state_of(device, name)}
+        for space, base, name, device in device_places(machine)
+    ]
+    return sorted([*rows, *machine.waiting_devices.values()], key=lambda row: (row["space"] != "pio", row["base"]))
 
 
 def _state_of(device: Any, name: str) -> dict[str, Any]:

@@ -111,6 +111,7 @@ def test_devices_that_are_added_later_get_their_state():
         state = machine.save()
         with Machine.restore(state, copy(machine.memory)) as restored:
             assert ("pio", 0x200) in restored.waiting_devices
+            assert state.diff(restored.save()) == []  # who saves it again keeps what waits
             doubler = Doubler()
             restored.add_device(doubler, port=0x200, length=4)
             assert doubler.number == 21
