@@ -208,7 +208,7 @@ class Migration:
         progress = self.progress
         progress.left = left * PAGE_SIZE
         progress.expected = self._expected(left, saving)
-        fits = self._fits(left, saving, 1.0)
+        fits = self._fits(left, saving, 0.5)  # the guest writes on until it stands, and the rate is an estimate
         if not fits and len(self.rounds) > 1 and left > self.rounds[-1]["pages"] / 2:
             self._throttle.more()
             progress.slowed = self._throttle.share
@@ -218,10 +218,11 @@ class Migration:
     def _expected(self, left: int, saving: float) -> float:
         return saving + self._rest + left * PAGE_SIZE / self.progress.rate
 
-    def _fits(self, left: int, saving: float, slack: float) -> bool:
-        """Memory has what saving and restoring leave of the goal, and a quarter of it where they leave less: no round would change that."""
+    def _fits(self, left: int, saving: float, share: float) -> bool:
+        """Into a share of what saving and restoring leave of the goal; where they leave less than a quarter, into a share of that: no
+        round would change it."""
         allowed = max(self.downtime - saving - self._rest, self.downtime / 4)
-        return left <= FEW_PAGES or left * PAGE_SIZE / self.progress.rate <= slack * allowed
+        return left <= FEW_PAGES or left * PAGE_SIZE / self.progress.rate <= share * allowed
 
     def _hand_over(self, log: DirtyLog, saving: float) -> dict[str, Any] | None:
         """Stop the guest here and start it there. None: it wrote a lot just before it stopped, and goes on for another round."""
@@ -231,7 +232,7 @@ class Migration:
         times = [stopped, monotonic()]
         try:
             left = log.look()
-            if not self._fits(left, saving, 1.5) and len(self.rounds) < MOST_ROUNDS:
+            if not self._fits(left, saving, 1.0) and len(self.rounds) < MOST_ROUNDS:
                 self.machine.resume()
                 return None
             progress.phase, progress.left = "stopped", left * PAGE_SIZE
