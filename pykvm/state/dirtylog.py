@@ -1,5 +1,6 @@
 """Which pages of a machine's memory have been written since they were last read: by the guest (KVM's dirty log) and by the host.
 
+It may have pages too many, never too few: with EPT or NPT, KVM maps a page writable when the guest first reads it, and counts it then.
 With KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2 a page is made clean just before it is read, not when the log is: a page that the guest writes again
 and again in between is read once. Where KVM offers it, pages also start as dirty without being write-protected first, so that
 switching the log on does not stop the guest.

@@ -20,6 +20,7 @@ from pykvm.cpuid import Cpuid, CpuidEntry
 from pykvm.errors import KvmError, StateError
 from pykvm.state.plain import Fields, Hex, Int, Kernel, List, Optional, Row, plain, struct
 from pykvm.x86.msr import MSRS, msr_name
+from pykvm.x86.regs import EFER
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -142,7 +143,10 @@ def nested_of(system: System, vcpu: VCPU) -> str | None:
     if state.format == lib.KVM_STATE_NESTED_FORMAT_VMX:
         used = state.hdr.vmx.vmxon_pa != (1 << 64) - 1
     else:
-        used = state.flags != 0 or state.hdr.svm.vmcb_pa != 0
+        # The global interrupt flag is set in every vCPU that has not executed CLGI (APM vol. 2 section 15.17).
+        other = state.flags & ~lib.KVM_STATE_NESTED_GIF_SET
+        no_interrupts = other == state.flags and vcpu.get_sregs().efer & EFER.SVME
+        used = other != 0 or bool(no_interrupts) or state.hdr.svm.vmcb_pa != 0
     return data.hex() if used else None
 
 

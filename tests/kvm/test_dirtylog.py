@@ -24,12 +24,13 @@ def machine():
 
 
 def drain(log):
-    """The pages that the log gives out, less those below 1 MiB: the guest's page tables, whose accessed bits the CPU sets."""
+    """The pages that the log gives out, less the guest's page tables, whose accessed bits the CPU sets, and its code: with EPT or NPT, KVM
+    maps a page writable when the guest first reads or executes it, and counts it as written then."""
     log.look()
     pages = []
     for slot, bitmap, first, end in log.chunks():
         pages += [slot.gpa // 4096 + p for p in range(first, end) if int(bitmap[p // 64]) >> p % 64 & 1]
-    return [page for page in pages if page >= 0x100]
+    return [page for page in pages if page > 0x100]
 
 
 @pytest.mark.parametrize("manual", [True, False])
@@ -43,7 +44,7 @@ def test_what_guest_and_host_write(machine, monkeypatch, manual):
         with DirtyLog(machine.vm, machine.memory) as log:
             assert log.manual == manual
             assert log.look() == 4096  # at first, all are
-            assert drain(log) == list(range(0x100, 4096))
+            assert drain(log) == list(range(0x101, 4096))
             assert log.look() == 0
             machine.memory.write(0x200FFF, b"ab")
             view = machine.memory.view(0x700000, 1)
