@@ -18,7 +18,7 @@ from pykvm.platform import MMIO_HOLE_END
 from pykvm.state.plain import Bool, Fields, Int, List, Text
 from pykvm.state.vcpustate import capability_msrs, cpuid_of, msr_indices, xsave_layout
 from pykvm.x86.cpu_features import NEEDS, features_of, place_of
-from pykvm.x86.cpumodel import offered, vendor_of
+from pykvm.x86.cpumodel import TOPOLOGY, offered, vendor_of
 from pykvm.x86.msr import msr_name
 from pykvm.x86.regs import CR4, EFER
 
@@ -168,7 +168,7 @@ def check(state: MachineState, host: Host) -> tuple[list[Problem], list[str]]:
     notes: list[str] = []
     switched = _Switched(state)
     have = frozenset(host.features)
-    for name in sorted(promised(state) - have - _DYNAMIC):
+    for name in sorted(promised(state) - have - _DYNAMIC - TOPOLOGY):
         problems.append(Problem("feature", name, f"CPUID feature {name}", switched.droppable(name)))
     _check_xsave(state, host, switched, problems)
     _check_msrs(state, host, problems, notes)

@@ -32,7 +32,8 @@ LARGEST = 64 << 20  # characters of JSON
 # Fields, by path with the indices left out, that are clocks: the TSC and what is compared with it, the count of a LAPIC's timer (register
 # 0x390), kvmclock, when a PIT channel was loaded, up to where the RTC has looked, and ACPI's timer.
 RUNNING = (
-    "vcpus[].msrs[IA32_TSC]", "vcpus[].msrs[IA32_TSC_DEADLINE]", "vcpus[].lapic+0x390", "vm.clock", "vm.pit.channels[].count_load_time",
+    "vcpus[].msrs[IA32_TSC]", "vcpus[].msrs[IA32_TSC_DEADLINE]", "vcpus[].msrs[HV_X64_MSR_TIME_REF_COUNT]",
+    "vcpus[].msrs[HV_X64_MSR_VP_RUNTIME]", "vcpus[].lapic+0x390", "vm.clock", "vm.pit.channels[].count_load_time",
     "devices[].state.seen", "devices[].state.elapsed", "devices[].state.carries",
 )  # fmt: skip
 

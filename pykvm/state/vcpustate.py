@@ -86,7 +86,7 @@ def read(vm: VM, vcpu: VCPU, msrs: Iterable[int]) -> dict[str, Any]:
         "xcrs": xcrs,
         "xsave": _canonical(vcpu.get_xsave(), xsave_layout(vm.system.get_supported_cpuid())).rstrip(b"\0").hex(),
         "debugregs": plain(vcpu.get_debugregs()),
-        "lapic": None if vm.irqchip == "none" else vcpu.get_lapic().to_bytes().hex(),
+        "lapic": None if vm.irqchip == "none" else _with_ppr(vcpu.get_lapic().to_bytes()).hex(),
         "msrs": [[index, value] for index, value in vcpu.get_msrs(msrs).items()],
         "mp_state": vcpu.get_mp_state(),
         "events": events_of(vcpu),
@@ -131,6 +131,14 @@ def _canonical(area: bytes, layout: list[list[int]]) -> bytes:
     if not any(area[2:24]) and area[:2] == b"\x7f\3" and not any(area[32:160]):
         keep &= ~1
     return area[:_LEGACY] + keep.to_bytes(8, "little") + area[_LEGACY + 8 :]
+
+
+def _with_ppr(lapic: bytes) -> bytes:
+    """The LAPIC's page with its PPR as TPR and ISR have it, which KVM works out only when it needs it (SDM vol. 3 section 11.8.3.1)."""
+    in_service = sum(int.from_bytes(lapic[0x100 + 16 * i : 0x104 + 16 * i], "little") << 32 * i for i in range(8))
+    tpr, vector = lapic[0x80], max(in_service.bit_length() - 1, 0)
+    ppr = tpr if tpr >> 4 >= vector >> 4 else vector & 0xF0
+    return lapic[:0xA0] + ppr.to_bytes(4, "little") + lapic[0xA4:]
 
 
 def nested_of(system: System, vcpu: VCPU) -> str | None:

@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from pykvm.system import System
     from pykvm.vcpu import VCPU
 
-__all__ = ["BASELINES", "CpuModel", "features_of", "offered"]
+__all__ = ["BASELINES", "TOPOLOGY", "CpuModel", "features_of", "offered"]
 
 INTEL, AMD, HYGON = "GenuineIntel", "AuthenticAMD", "HygonGenuine"
 
@@ -49,7 +49,7 @@ _LAPIC = frozenset((
     "x2apic", "tsc_deadline_timer", "kvm_asyncpf", "kvm_asyncpf_vmexit", "kvm_asyncpf_int", "kvm_pv_eoi", "kvm_pv_unhalt", "kvm_pv_ipi",
     "kvm_msi_ext_dest_id",
 ))  # fmt: skip
-_TOPOLOGY = frozenset(("ht", "cmp_legacy"))
+TOPOLOGY = frozenset(("ht", "cmp_legacy"))
 _PLATFORM = frozenset(PLATFORM.split())
 
 # XSAVE's components by bit of XCR0 or IA32_XSS (SDM vol. 1 section 13.1), and the feature they hold the state of.
@@ -212,7 +212,7 @@ class CpuModel:
         Left out: what the arguments of ``cpuid()`` decide, KVM's own leaves, and what KVM changes with the guest's state.
         """
         got = features_of(vcpu.get_cpuid2())
-        aside = _PLATFORM | _DYNAMIC | _TOPOLOGY
+        aside = _PLATFORM | _DYNAMIC | TOPOLOGY
         return self.features - got - aside, got - self.features - aside
 
     def __eq__(self, other: object) -> bool:
@@ -243,11 +243,11 @@ class CpuModel:
             raise ConfigError(f"APIC id {apic_id} of {cpus} CPUs: ids are 0 to {cpus - 1}")
         host = system.get_supported_cpuid()
         vendor = self.vendor or vendor_of(host)
-        given = self._given(system) - _TOPOLOGY
+        given = self._given(system) - TOPOLOGY
         if not lapic:
             given -= _LAPIC
         if cpus > 1:
-            given |= _TOPOLOGY if vendor != INTEL and "cmp_legacy" in offered(system) else {"ht"}
+            given |= TOPOLOGY if vendor != INTEL and "cmp_legacy" in offered(system) else {"ht"}
         table = _Table(host, self._leaves(host, vendor, given))
         table.features(given)
         table.identity(vendor, self.signature or signature_of(host), self.brand or f"pykvm {self.name}")

@@ -259,7 +259,7 @@ def test_ctrl_c_ends_the_run_of_all(loop):
         with pytest.raises(KeyboardInterrupt):
             machine.run(TIMEOUT)
         thread.join()
-        assert threading.active_count() == before
+        assert threading.active_count() <= before  # a thread of an earlier test may have ended
         at = counters(machine)
         assert machine.run(0.2 * TIME_SCALE).reason == "timeout"  # and it can go on
         assert counters(machine) > at
