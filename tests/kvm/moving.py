@@ -1,6 +1,7 @@
 """What the tests of live migration share: a guest that notices lost memory, machines in threads, and a link that can be cut."""
 
 import socket
+from contextlib import contextmanager
 from threading import Event, Thread
 from time import monotonic, sleep
 
@@ -205,3 +206,16 @@ def goes_on(machine):
 
 def move(machine, sock, to="there", patience=PATIENCE, **options):
     return Migration(machine, sock, to, patience=patience, **options).run()
+
+
+@contextmanager
+def half_way():
+    """A guest that waits at its turnstile, half way, and writes memory all the time."""
+    with walker(PASSES // 2) as machine:
+        running = Running(machine)
+        until(lambda: len(machine.console.data) == PASSES // 2)
+        yield machine
+        machine.stop()
+        if machine.group.paused and machine.moved_to is None:
+            machine.resume()
+        running.thread.join(TIMEOUT)
