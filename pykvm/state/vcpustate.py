@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 __all__ = ["SHAPE", "capability_msrs", "cpuid_of", "msr_indices", "read", "rows_of", "write", "xsave_layout"]
 
 TSC, TSC_DEADLINE, FEATURE_CONTROL = 0x10, 0x6E0, 0x3A
+HYPERV, HYPERV_GUEST_OS_ID = range(0x40000000, 0x40000200), 0x40000000
 _XSAVE_MOST = 1 << 16
 _LEGACY, _HEADER = 512, 64  # bytes of an XSAVE area: FXSAVE's part, and the header, which begins with XSTATE_BV
 _ROW = List(Int(32), count=7)
@@ -54,7 +55,7 @@ def capability_msrs() -> frozenset[int]:
     names = (
         "IA32_ARCH_CAPABILITIES", "MSR_PLATFORM_INFO", "IA32_MISC_ENABLE", "IA32_BIOS_SIGN_ID", "IA32_PERF_CAPABILITIES", "IA32_MCG_CAP",
         "IA32_MCG_CTL", "IA32_MTRRCAP", "IA32_CORE_CAPABILITIES", "MSR_KVM_POLL_CONTROL", "DE_CFG", "IA32_SMBASE", "IA32_FEATURE_CONTROL",
-        "IA32_MONITOR_FILTER_SIZE", "HWCR", "PATCH_LOADER",
+        "IA32_MONITOR_FILTER_SIZE", "HWCR", "PATCH_LOADER", "TSC_RATIO",
     )  # fmt: skip
     return frozenset(number for name, number in MSRS.items() if name in names or name.startswith("IA32_VMX_"))
 
@@ -87,7 +88,7 @@ def read(vm: VM, vcpu: VCPU, msrs: Iterable[int]) -> dict[str, Any]:
         "xsave": _canonical(vcpu.get_xsave(), xsave_layout(vm.system.get_supported_cpuid())).rstrip(b"\0").hex(),
         "debugregs": plain(vcpu.get_debugregs()),
         "lapic": None if vm.irqchip == "none" else _with_ppr(vcpu.get_lapic().to_bytes()).hex(),
-        "msrs": [[index, value] for index, value in vcpu.get_msrs(msrs).items()],
+        "msrs": _read_msrs(vcpu, msrs),
         "mp_state": vcpu.get_mp_state(),
         "events": events_of(vcpu),
         "nested": nested_of(vm.system, vcpu),
@@ -112,6 +113,14 @@ def cpuid_of(rows: Iterable[list[int]]) -> Cpuid:
 def xsave_layout(cpuid: Cpuid) -> list[list[int]]:
     """(component, offset, size) of each component beyond x87 and SSE that leaf 0xD places in the standard format."""
     return [[e.index, e.ebx, e.eax] for e in cpuid if e.function == 0xD and e.index > 1 and e.ebx]
+
+
+def _read_msrs(vcpu: VCPU, indices: Iterable[int]) -> list[list[int]]:
+    """(MSR, value); Hyper-V's only from a guest that has said that it knows them: they are clocks and frequencies of the host else."""
+    values = vcpu.get_msrs(indices)
+    if not values.get(HYPERV_GUEST_OS_ID):
+        values = {index: value for index, value in values.items() if index not in HYPERV}
+    return [[index, value] for index, value in values.items()]
 
 
 def events_of(vcpu: VCPU) -> dict[str, Any]:
