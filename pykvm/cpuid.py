@@ -11,6 +11,8 @@ if TYPE_CHECKING:
 
 __all__ = ["SIGNIFICANT_INDEX", "Cpuid", "CpuidEntry"]
 
+_WORDS = ffi.sizeof("struct kvm_cpuid_entry2") // 4  # 32-bit numbers of an entry: seven, and padding
+_PADDING = (0,) * (_WORDS - 7)
 SIGNIFICANT_INDEX = 1  # KVM_CPUID_FLAG_SIGNIFCANT_INDEX: the leaf depends on ECX
 
 
@@ -40,13 +42,21 @@ class Cpuid:
     @classmethod
     def of(cls, entries: Iterable[CpuidEntry]) -> Cpuid:
         """A table of these entries, for KVM_SET_CPUID2."""
-        rows = list(entries)
+        return cls.of_rows([[e.function, e.index, e.flags, e.eax, e.ebx, e.ecx, e.edx] for e in entries])
+
+    @classmethod
+    def of_rows(cls, rows: list[list[int]]) -> Cpuid:
+        """A table of what rows() gives. Raises OverflowError for what is no 32-bit number."""
         table = flexible("struct kvm_cpuid2", "entries", len(rows))
         table.nent = len(rows)
-        for cell, row in zip(table.entries, rows, strict=False):
-            cell.function, cell.index, cell.flags = row.function, row.index, row.flags
-            cell.eax, cell.ebx, cell.ecx, cell.edx = row.eax, row.ebx, row.ecx, row.edx
+        words = ffi.new("uint32_t[]", [word for row in rows for word in (*row, *_PADDING)])
+        ffi.memmove(table.entries, words, ffi.sizeof(words))
         return cls(table)
+
+    def rows(self) -> list[list[int]]:
+        """Function, index, flags, EAX, EBX, ECX and EDX of each entry; many times as fast as one object for each."""
+        words = ffi.unpack(ffi.cast("uint32_t *", self.cdata.entries), self.cdata.nent * _WORDS)
+        return [words[at : at + 7] for at in range(0, len(words), _WORDS)]
 
     def as_guest(self) -> Cpuid:
         """A copy for a guest: with leaf 1 ECX bit 31, "a hypervisor is present", which KVM leaves to user space to set."""
@@ -59,8 +69,8 @@ class Cpuid:
         return Cpuid(table)
 
     def __iter__(self) -> Iterator[CpuidEntry]:
-        for e in self.cdata.entries[0 : self.cdata.nent]:
-            yield CpuidEntry(e.function, e.index, e.flags, e.eax, e.ebx, e.ecx, e.edx)
+        for row in self.rows():
+            yield CpuidEntry(*row)
 
     def __len__(self) -> int:
         return int(self.cdata.nent)

@@ -232,10 +232,11 @@ class VCPU(Closes):
         msrs = flexible("struct kvm_msrs", "entries", len(wanted))
         while wanted:
             msrs.nmsrs = len(wanted)
-            for entry, index in zip(msrs.entries, wanted, strict=False):
-                entry.index = index
+            pairs = ffi.cast("uint64_t *", msrs.entries)  # struct kvm_msr_entry: the index, with a reserved word above it, and the data
+            ffi.memmove(pairs, ffi.new("uint64_t[]", [word for index in wanted for word in (index, 0)]), 16 * len(wanted))
             done = ioctl(self.fd, "KVM_GET_MSRS", msrs, f"{len(wanted)} MSRs")
-            got.update((entry.index, entry.data) for entry in msrs.entries[0:done])
+            words = ffi.unpack(pairs, 2 * done)
+            got.update(zip(words[::2], words[1::2], strict=True))
             del wanted[: done + 1]  # the first that was not read stopped it
         return got
 
@@ -245,8 +246,8 @@ class VCPU(Closes):
         msrs = flexible("struct kvm_msrs", "entries", len(rows))
         while rows:
             msrs.nmsrs = len(rows)
-            for entry, (index, value) in zip(msrs.entries, rows, strict=False):
-                entry.index, entry.data = index, value
+            words = ffi.new("uint64_t[]", [word for row in rows for word in row])  # as struct kvm_msr_entry has them
+            ffi.memmove(msrs.entries, words, ffi.sizeof(words))
             done = ioctl(self.fd, "KVM_SET_MSRS", msrs, f"{len(rows)} MSRs")
             refused += rows[done : done + 1]
             del rows[: done + 1]

@@ -13,10 +13,11 @@ Sources: SDM vol. 1 chapter 13 (XSAVE), vol. 3 section 2.5 (CR4); api.rst 4.46, 
 from __future__ import annotations
 
 from pykvm.abi import lib
+from pykvm.cpuid import Cpuid
 from pykvm.errors import IncompatibleStateError
 from pykvm.platform import MMIO_HOLE_END
 from pykvm.state.plain import Bool, Fields, Int, List, Text
-from pykvm.state.vcpustate import capability_msrs, cpuid_of, msr_indices, xsave_layout
+from pykvm.state.vcpustate import capability_msrs, msr_indices, xsave_layout
 from pykvm.x86.cpu_features import NEEDS, features_of, place_of
 from pykvm.x86.cpumodel import TOPOLOGY, offered, vendor_of
 from pykvm.x86.msr import msr_name
@@ -208,7 +209,7 @@ def promised(state: MachineState) -> frozenset[str]:
     """The features that the guest was given because it was to have them."""
     found: frozenset[str] = frozenset()
     for vcpu in state.vcpus:
-        found |= features_of(cpuid_of(vcpu["asked"])) & features_of(cpuid_of(vcpu["cpuid"]))
+        found |= features_of(Cpuid.of_rows(vcpu["asked"])) & features_of(Cpuid.of_rows(vcpu["cpuid"]))
     return found
 
 

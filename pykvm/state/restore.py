@@ -6,6 +6,7 @@ import os
 
 from pykvm.abi import lib
 from pykvm.config import IRQCHIPS, MAX_CPUS, Config
+from pykvm.cpuid import Cpuid
 from pykvm.errors import ConfigError, GuestImageError, KvmError, PykvmError, StateError
 from pykvm.loaders import peek
 from pykvm.loaders.image import BootState, ImageInfo
@@ -132,7 +133,7 @@ class StateOrigin:
         self._compare(machine)
         for vcpu, state in zip(machine.vcpus, self.state.vcpus, strict=True):
             try:
-                vcpu.set_cpuid2(vcpustate.cpuid_of(state["asked"]))
+                vcpu.set_cpuid2(Cpuid.of_rows(state["asked"]))
             except KvmError as error:
                 raise StateError(f"vcpus[{vcpu.id}].asked", f"this host's KVM does not take it: {error}") from error
 

@@ -16,7 +16,7 @@ from __future__ import annotations
 from functools import cache
 
 from pykvm.abi import ffi, lib
-from pykvm.cpuid import Cpuid, CpuidEntry
+from pykvm.cpuid import Cpuid
 from pykvm.errors import KvmError, StateError
 from pykvm.state.plain import Fields, Hex, Int, Kernel, List, Optional, Row, plain, struct
 from pykvm.x86.msr import MSRS, msr_name
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from pykvm.vcpu import VCPU
     from pykvm.vm import VM
 
-__all__ = ["SHAPE", "capability_msrs", "cpuid_of", "msr_indices", "read", "rows_of", "write", "xsave_layout"]
+__all__ = ["SHAPE", "capability_msrs", "msr_indices", "read", "write", "xsave_layout"]
 
 TSC, TSC_DEADLINE, FEATURE_CONTROL = 0x10, 0x6E0, 0x3A
 HYPERV, HYPERV_GUEST_OS_ID = range(0x40000000, 0x40000200), 0x40000000
@@ -71,8 +71,8 @@ def read(vm: VM, vcpu: VCPU, msrs: Iterable[int]) -> dict[str, Any]:
     else:
         sregs = plain(vcpu.get_sregs()) | {"flags": 0, "pdptrs": [0, 0, 0, 0]}
         del sregs["interrupt_bitmap"]  # an interrupt that waits is in the events too
-    given = rows_of(vcpu.get_cpuid2())
-    asked = given if vcpu.asked is None else rows_of(vcpu.asked)  # whole: KVM may fill in a row that asks for zeros
+    given = vcpu.get_cpuid2().rows()
+    asked = given if vcpu.asked is None else vcpu.asked.rows()  # whole: KVM may fill in a row that asks for zeros
     xcrs = []
     if has("KVM_CAP_XCRS"):
         got = vcpu.get_xcrs()
@@ -100,19 +100,9 @@ def msr_indices(system: System) -> list[int]:
     return list(dict.fromkeys([*system.get_msr_index_list(), *_MTRRS]))
 
 
-def rows_of(cpuid: Cpuid) -> list[list[int]]:
-    """A CPUID table as rows of function, index, flags, EAX, EBX, ECX, EDX."""
-    return [[e.function, e.index, e.flags, e.eax, e.ebx, e.ecx, e.edx] for e in cpuid]
-
-
-def cpuid_of(rows: Iterable[list[int]]) -> Cpuid:
-    """The table again."""
-    return Cpuid.of(CpuidEntry(*row) for row in rows)
-
-
 def xsave_layout(cpuid: Cpuid) -> list[list[int]]:
     """(component, offset, size) of each component beyond x87 and SSE that leaf 0xD places in the standard format."""
-    return [[e.index, e.ebx, e.eax] for e in cpuid if e.function == 0xD and e.index > 1 and e.ebx]
+    return [[index, ebx, eax] for function, index, _, eax, ebx, *_ in cpuid.rows() if function == 0xD and index > 1 and ebx]
 
 
 def _read_msrs(vcpu: VCPU, indices: Iterable[int]) -> list[list[int]]:
