@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import os
 import random
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from errno import EINTR
+from mmap import MADV_NOHUGEPAGE
 from struct import pack_into
 
 from pykvm.abi import ffi, lib
@@ -143,6 +144,13 @@ class _User(UserMode):
         return builder.cr3
 
 
+def _small_pages(memory: GuestMemory) -> None:
+    """Keep transparent 2 MiB pages away: the code and the tables would get them or not by where the mapping happens to lie."""
+    for slot in memory.slots:
+        with suppress(OSError):  # a kernel without transparent huge pages
+            slot.map.madvise(MADV_NOHUGEPAGE)
+
+
 def _table_room(size: int) -> int:
     """Room for the tables of ``size`` bytes in 4 KiB pages, and some more, in whole 2 MiB."""
     return -(-(size // HUGE + 16) * PAGE_SIZE // HUGE) * HUGE
@@ -177,6 +185,7 @@ class Guest:
         self._calls = -1  # the first warms up, and is not counted
         with ExitStack() as stack:
             stack.callback(memory.close)
+            _small_pages(memory)
             self.vm = stack.enter_context(system.create_vm())
             self.vm.add_memory(memory)
             self._slot(ram.size)
