@@ -1,6 +1,6 @@
 """Shared by all tests: how patient to be, and machines that run in another thread.
 
-Emulated hosts set PYKVM_TIME_SCALE; no test asserts a time.
+Emulated hosts set PYKVM_TIME_SCALE and PYKVM_FEW; no test asserts a time.
 """
 
 import os
@@ -8,6 +8,7 @@ import threading
 
 TIME_SCALE = float(os.environ.get("PYKVM_TIME_SCALE", "1"))
 TIMEOUT = 20 * TIME_SCALE  # seconds for a guest that ends by itself
+FEW = int(os.environ.get("PYKVM_FEW", "100"))  # VMs or runs where many are meant: each costs emulated hosts a tenth of a second or more
 
 
 class Running:

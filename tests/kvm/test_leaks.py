@@ -10,13 +10,12 @@ import pytest
 import pykvm
 from pykvm import GuestMemory, Hlt, Machine, System, asm, mode_named
 from pykvm.errors import KvmError, MemSlotError, PykvmError
-from tests.conftest import TIME_SCALE
+from tests.conftest import FEW, TIME_SCALE
 
 TIMEOUT = 20 * TIME_SCALE
 MANY = max(10, int(os.environ.get("PYKVM_LEAK_VMS", "10000")))
 GROWTH = 4 << 20  # bytes of RSS, from the first tenth to the end
-FEW = int(os.environ.get("PYKVM_LEAK_FEW", "100"))  # each VM costs emulated hosts a tenth of a second or more
-COUNTS = [FEW, pytest.param(MANY, marks=pytest.mark.slow)]
+COUNTS = [max(10, FEW), pytest.param(MANY, marks=pytest.mark.slow)]
 
 
 def held():
