@@ -110,7 +110,7 @@ def _tidy(axis: Any, names: list[str]) -> None:
 def _frameless(axis: Any) -> None:
     for side in ("top", "right", "left"):
         axis.spines[side].set_visible(False)
-    axis.tick_params(axis="x", labelsize=8)
+    axis.tick_params(axis="x", which="both", labelsize=8)  # where a logarithmic axis is short, its minor ticks have labels too
 
 
 def _bars(axis: Any, rows: list[dict[str, Any]]) -> None:
@@ -178,4 +178,4 @@ def _curves(axis: Any, rows: list[dict[str, Any]]) -> None:
     axis.set_ylabel("% of exits that took at most this", fontsize=8)
     axis.set_xlabel("TSC units by the guest's clock", fontsize=8)
     axis.set_title("Latencies", fontsize=10, loc="left")
-    axis.legend(fontsize=7, frameon=False, loc="lower right")
+    axis.legend(fontsize=8, frameon=False, loc="lower right", bbox_to_anchor=(1, 1), ncols=5)  # a kind above its Python loop
