@@ -44,6 +44,7 @@ class VCPU(Closes):
         self._vm_coalesced_page = vm.coalesced_page
         self._xsave = 0  # bytes of an XSAVE area, once asked for
         self.asked: Cpuid | None = None  # what set_cpuid2() was given
+        self.known_msrs: list[int] | None = None  # those that state/vcpustructs.py has found to be there
         self._vm = vm.handle  # the VM's fd and memory stay while this vCPU does
         # What native/runloop.c knows of this vCPU, at the start of a page of its own; the run loop's table shares the page. Whoever has
         # ``native`` keeps the page.
@@ -206,7 +207,7 @@ class VCPU(Closes):
     def set_cpuid2(self, cpuid: Cpuid) -> None:
         """KVM_SET_CPUID2: before the first run; not every host keeps every bit (read get_cpuid2 back)."""
         ioctl(self.fd, "KVM_SET_CPUID2", cpuid.cdata, f"{len(cpuid)} entries")
-        self.asked = cpuid
+        self.asked, self.known_msrs = cpuid, None
 
     def get_msr(self, index: int) -> int:
         """KVM_GET_MSRS for one MSR."""

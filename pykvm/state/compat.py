@@ -17,7 +17,8 @@ from pykvm.cpuid import Cpuid
 from pykvm.errors import IncompatibleStateError
 from pykvm.platform import MMIO_HOLE_END
 from pykvm.state.plain import Bool, Fields, Int, List, Text
-from pykvm.state.vcpustate import capability_msrs, msr_indices, xsave_layout
+from pykvm.state.vcpustate import xsave_layout
+from pykvm.state.vcpustructs import capability_msrs, msr_indices
 from pykvm.x86.cpu_features import NEEDS, features_of, place_of
 from pykvm.x86.cpumodel import TOPOLOGY, offered, vendor_of
 from pykvm.x86.msr import msr_name

@@ -11,8 +11,10 @@ import os
 from pykvm.abi import ffi, lib
 from pykvm.errors import ConfigError
 from pykvm.memory import GuestMemory
-from pykvm.state.restore import restored_machine
-from pykvm.state.save import save
+from pykvm.state.machinestate import MachineState
+from pykvm.state.restore import StateOrigin, made
+from pykvm.state.save import other_sections, settle
+from pykvm.state.vcpustructs import capture
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -28,7 +30,9 @@ __all__ = ["Shared", "fork"]
 def fork(machine: Machine, options: dict[str, Any]) -> Machine:
     """A clone of a machine that stands still; ``options`` as for Machine.restore(). Raises ConfigError and StateError."""
     before = _sessions(machine)
-    state = save(machine)
+    settle(machine)
+    structs = [capture(machine.vm, vcpu) for vcpu in machine.vcpus]
+    state = MachineState(host={}, vcpus=[], **other_sections(machine))
     shared = machine.shared
     if shared is None or not shared.still_there(machine, before):
         if shared is not None:
@@ -37,10 +41,11 @@ def fork(machine: Machine, options: dict[str, Any]) -> Machine:
     shared.sessions = _sessions(machine)
     system = options.pop("system", None) or machine.system.another()
     own = system is not machine.system
+    memory = shared.memory()
     try:
-        more = {**options, "system": system}
-        clone = restored_machine(type(machine), state, shared.memory(), True, False, False, more, machine.config)
+        clone = made(type(machine), machine.config, StateOrigin(state, memory, structs=structs), {**options, "system": system})
     except BaseException:
+        memory.close()
         if own:
             system.close()
         raise

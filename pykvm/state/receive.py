@@ -40,7 +40,7 @@ class Arrival(StateOrigin):
     def finish(self, machine: Machine, state: MachineState) -> None:
         """Now: ``state`` is of the same guest, some time later."""
         self.state, self.notes, self.dropped = state, [], []
-        self._compare(machine)
+        self._structs = self._make_structs(machine)
         super().fill(machine)
 
     @property

@@ -18,9 +18,8 @@ from struct import iter_unpack
 
 from pykvm.abi import ffi, lib
 from pykvm.errors import ConfigError, GuestMemoryError, KvmError, StateError
-from pykvm.state import vcpustate
-from pykvm.state.plain import struct
 from pykvm.state.save import device_places, settle
+from pykvm.state.vcpustructs import TSC, TSC_DEADLINE, capture
 from pykvm.units import PAGE_SIZE
 from pykvm.x86.regs import CR0, CR4, EFER
 
@@ -32,6 +31,7 @@ if TYPE_CHECKING:
     from pykvm.bus import Range
     from pykvm.machine import Machine
     from pykvm.memory import GuestMemory
+    from pykvm.state.vcpustructs import VcpuStructs
     from pykvm.vcpu import VCPU
 
 __all__ = ["Checkpoint", "page_tables"]
@@ -121,33 +121,30 @@ class Checkpoint:
         # A vCPU that waits for INIT takes no registers from kvm_run; those with a LAPIC are written by ioctls.
         native.syncs = machine.vm.irqchip == "none" and machine.vm.sync_regs & wanted == wanted
         native.vcpus, native.vcpu = machine.cpus, cells
-        indices = vcpustate.msr_indices(machine.system)
         for cell, vcpu in zip(cells, machine.vcpus, strict=False):
-            if vcpustate.nested_of(machine.system, vcpu) is not None:
+            structs = capture(machine.vm, vcpu)
+            if structs.nested is not None:
                 raise StateError(f"vcpus[{vcpu.id}]", "nested virtualization is in use: a checkpoint cannot hold that")
-            self._fill_vcpu(cell, vcpu, indices)
+            self._fill_vcpu(cell, vcpu, structs)
 
-    def _fill_vcpu(self, cell: Any, vcpu: VCPU, indices: list[int]) -> None:
-        has = self._machine.system.check_extension
+    def _fill_vcpu(self, cell: Any, vcpu: VCPU, structs: VcpuStructs) -> None:
         cell.v = vcpu.native
-        cell.regs, cell.sregs = vcpu.get_regs().cdata[0], vcpu.get_sregs().cdata[0]
-        cell.events, cell.debugregs = struct("struct kvm_vcpu_events", vcpustate.events_of(vcpu)).cdata[0], vcpu.get_debugregs().cdata[0]
-        cell.has_debugregs = 1
-        cell.mp_state.mp_state = vcpu.get_mp_state()
-        if has("KVM_CAP_XCRS"):
-            cell.xcrs, cell.has_xcrs = vcpu.get_xcrs().cdata[0], 1
-        xsave = ffi.new("char[]", vcpu.get_xsave())
+        cell.regs, cell.sregs = structs.regs.cdata[0], vcpu.get_sregs().cdata[0]
+        cell.events, cell.debugregs, cell.has_debugregs = structs.events.cdata[0], structs.debugregs.cdata[0], 1
+        cell.mp_state.mp_state = structs.mp_state
+        if structs.xcrs is not None:
+            cell.xcrs, cell.has_xcrs = structs.xcrs.cdata[0], 1
+        xsave = ffi.new("char[]", structs.xsave)
         cell.xsave = xsave
         self._keep.append(xsave)
-        if self._machine.vm.irqchip != "none":
-            lapic = vcpu.get_lapic()
-            cell.lapic = lapic.cdata
-            self._keep.append(lapic)
-        values = {index: value for index, value in vcpu.get_msrs(indices).items() if index != vcpustate.TSC}
+        if structs.lapic is not None:
+            cell.lapic = structs.lapic.cdata
+            self._keep.append(structs.lapic)
+        values = {index: value for index, value in structs.msrs.items() if index != TSC}
         for index, _ in vcpu.set_msrs(values.items()):  # what KVM does not take, the guest cannot have changed
             del values[index]
-        late = values.pop(vcpustate.TSC_DEADLINE, None)
-        rows = [*values.items(), *([] if late is None else [(vcpustate.TSC_DEADLINE, late)])]
+        late = values.pop(TSC_DEADLINE, None)
+        rows = [*values.items(), *([] if late is None else [(TSC_DEADLINE, late)])]
         msrs = ffi.new("struct kvm_msrs *", {"nmsrs": len(rows), "entries": [{"index": i, "data": v} for i, v in rows]})
         cell.msrs = msrs
         self._keep.append(msrs)

@@ -6,7 +6,6 @@ import os
 
 from pykvm.abi import lib
 from pykvm.config import IRQCHIPS, MAX_CPUS, Config
-from pykvm.cpuid import Cpuid
 from pykvm.errors import ConfigError, GuestImageError, KvmError, PykvmError, StateError
 from pykvm.loaders import peek
 from pykvm.loaders.image import BootState, ImageInfo
@@ -14,6 +13,7 @@ from pykvm.loaders.source import read_image
 from pykvm.state import vcpustate, vmstate
 from pykvm.state.machinestate import MachineState
 from pykvm.state.save import boot_id, device_places
+from pykvm.state.vcpustructs import put
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -22,8 +22,9 @@ if TYPE_CHECKING:
     from pykvm.machine import Machine
     from pykvm.memory import GuestMemory
     from pykvm.state.compat import Host
+    from pykvm.state.vcpustructs import VcpuStructs
 
-__all__ = ["StateOrigin", "config_of", "restored_machine"]
+__all__ = ["StateOrigin", "config_of", "made", "restored_machine"]
 
 
 def config_of(state: MachineState) -> Config:
@@ -73,9 +74,8 @@ def restored_machine(
     adapt: bool,
     accept_tsc: bool,
     options: dict[str, Any],
-    config: Config | None = None,
 ) -> Machine:
-    """What Machine.restore() does; ``config``: that of the machine which the state is of, where it is at hand."""
+    """What Machine.restore() does."""
     if not isinstance(source, MachineState):
         from pykvm.state.snapshot import open_snapshot
 
@@ -83,12 +83,16 @@ def restored_machine(
     if memory is None:
         raise ConfigError("a state without memory: give memory=, its slots with the guest's bytes, or a snapshot's directory")
     try:
-        config, origin = config or config_of(source), StateOrigin(source, memory, adapt, accept_tsc)
-        machine = kind.__new__(kind)
-        machine._make(config, origin, **options)
+        return made(kind, config_of(source), StateOrigin(source, memory, adapt, accept_tsc), options)
     except BaseException:
         memory.close()
         raise
+
+
+def made(kind: type[Machine], config: Config, origin: StateOrigin, options: dict[str, Any]) -> Machine:
+    """The machine."""
+    machine = kind.__new__(kind)
+    machine._make(config, origin, **options)
     machine.restored = origin
     return machine
 
@@ -99,14 +103,22 @@ class StateOrigin:
     ``notes``: what could not be put back and does not matter, in words; ``dropped``: what ``adapt`` has dropped.
 
     ``waiting``: the states of devices that are not there yet, by space and base: add_device() gives them theirs.
+    ``structs``: the vCPUs, where they come from this host and need not be made of the state's ``vcpus``.
     """
 
-    def __init__(self, state: MachineState, memory: GuestMemory, adapt: bool = False, accept_tsc: bool = False) -> None:
+    def __init__(
+        self,
+        state: MachineState,
+        memory: GuestMemory,
+        adapt: bool = False,
+        accept_tsc: bool = False,
+        structs: list[VcpuStructs] | None = None,
+    ) -> None:
         self.state, self.memory, self._adapt, self._accept_tsc = state, memory, adapt, accept_tsc
         self._host: Host | None = None
         self.notes: list[str] = []
         self.dropped: list[str] = []
-        self._same_boot = state.host["boot"] != "" and state.host["boot"] == boot_id()
+        self._structs = structs
         have = [(slot.gpa, slot.size, slot.readonly) for slot in memory.slots]
         want = [(slot["gpa"], slot["size"], slot["readonly"]) for slot in state.slots]
         if have != want:
@@ -116,10 +128,18 @@ class StateOrigin:
         """The memory that came with the state."""
         return self.memory
 
+    def _make_structs(self, machine: Machine) -> list[VcpuStructs]:
+        """The vCPUs as this host takes them. Raises IncompatibleStateError and StateError."""
+        state, system = self.state, machine.system
+        sregs2 = bool(system.check_extension("KVM_CAP_SREGS2"))
+        here = state.host["xsave"]
+        if not state.host["boot"] or state.host["boot"] != boot_id():  # else it is the very host that saved it: nothing to compare
+            self._compare(machine)
+            here = vcpustate.xsave_layout(system.get_supported_cpuid())
+        return [vcpustate.structs_of(vcpu, state.host["xsave"], here, sregs2) for vcpu in self.state.vcpus]
+
     def _compare(self, machine: Machine) -> None:
-        """With this host; raises IncompatibleStateError. Where it is the very host that saved the state, there is nothing to compare."""
-        if self._same_boot:
-            return
+        """With this host; raises IncompatibleStateError."""
         from pykvm.state.compat import Host, demand
 
         if self._host is None:
@@ -130,10 +150,11 @@ class StateOrigin:
 
     def set_cpuid(self, machine: Machine) -> None:
         """What each vCPU was given, as far as this host can. Raises IncompatibleStateError."""
-        self._compare(machine)
-        for vcpu, state in zip(machine.vcpus, self.state.vcpus, strict=True):
+        if self._structs is None:
+            self._structs = self._make_structs(machine)
+        for vcpu, structs in zip(machine.vcpus, self._structs, strict=True):
             try:
-                vcpu.set_cpuid2(Cpuid.of_rows(state["asked"]))
+                vcpu.set_cpuid2(structs.asked)
             except KvmError as error:
                 raise StateError(f"vcpus[{vcpu.id}].asked", f"this host's KVM does not take it: {error}") from error
 
@@ -141,7 +162,6 @@ class StateOrigin:
         """Registers, interrupt controllers, clocks, devices."""
         state, vm = self.state, machine.vm
         machine.boot = BootState(state.machine["start"], state.machine["mode"])
-        here = self.state.host["xsave"] if self._same_boot else vcpustate.xsave_layout(machine.system.get_supported_cpuid())
         if state.services is not None and machine.services is not None:
             _load(machine.services, state.services, "services")
         if machine.cpu_model is None and machine.config.cpu is not None:
@@ -151,8 +171,9 @@ class StateOrigin:
                 machine.cpu_model = CpuModel.parse(machine.config.cpu, machine.system)
             except ConfigError as error:
                 raise StateError("machine.cpu", str(error)) from None
-        for vcpu, data in zip(machine.vcpus, state.vcpus, strict=True):
-            self.notes += vcpustate.write(vm, vcpu, data, state.host["xsave"], here)
+        assert self._structs is not None
+        for vcpu, structs in zip(machine.vcpus, self._structs, strict=True):
+            self.notes += put(vm, vcpu, structs)
         vmstate.write(vm, state.vm)
         machine.clock = state.vm["clock"]
         waiting = {(row["space"], row["base"]): row for row in state.devices}
@@ -162,7 +183,7 @@ class StateOrigin:
                 _load(device, row["state"], name)
         machine.waiting_devices = waiting
         for runner, data in zip(machine.runners, state.runners, strict=True):
-            runner.vectors = data["vectors"]
+            runner.vectors = list(data["vectors"])
             for reason, count in data["exits"]:
                 if reason >= lib.PYKVM_REASONS:
                     raise StateError("runners.exits", f"{reason} is no exit reason")

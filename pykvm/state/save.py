@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from functools import cache
 
 from pykvm.errors import ConfigError, StateError
 from pykvm.state import vcpustate, vmstate
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
     from pykvm.console import Console
     from pykvm.machine import Machine
 
-__all__ = ["device_places", "save", "settle"]
+__all__ = ["boot_id", "device_places", "other_sections", "save", "settle"]
 
 
 def save(machine: Machine) -> MachineState:
@@ -26,11 +27,20 @@ def save(machine: Machine) -> MachineState:
     state None. Raises ConfigError for a machine that runs, StateError for what cannot be saved, and what a device raises.
     """
     settle(machine)
-    config, system = machine.config, machine.system
-    indices = vcpustate.msr_indices(system)
-    services = machine.services
+    supported = machine.system.get_supported_cpuid()
+    layout = vcpustate.xsave_layout(supported)
     return MachineState(
-        machine={
+        host={"boot": boot_id(), "kernel": os.uname().release, "vendor": vendor_of(supported), "xsave": layout},
+        vcpus=[vcpustate.read(machine.vm, vcpu, layout) for vcpu in machine.vcpus],
+        **other_sections(machine),
+    )
+
+
+def other_sections(machine: Machine) -> dict[str, Any]:
+    """What a MachineState has beside ``host`` and ``vcpus``, of a machine that is settled."""
+    config, services = machine.config, machine.services
+    return {
+        "machine": {
             "image": os.path.abspath(config.info.path) if os.path.exists(config.info.path) else config.info.path,
             "sha256": config.sha256,
             "format": config.info.format,
@@ -47,30 +57,24 @@ def save(machine: Machine) -> MachineState:
             "memory": config.memory,
             "strict": config.strict,
         },
-        host={
-            "boot": boot_id(),
-            "kernel": os.uname().release,
-            "vendor": vendor_of(system.get_supported_cpuid()),
-            "xsave": vcpustate.xsave_layout(system.get_supported_cpuid()),
-        },
-        slots=[{"gpa": s.gpa, "size": s.size, "readonly": s.readonly} for s in machine.memory.slots],
-        vcpus=[vcpustate.read(machine.vm, vcpu, indices) for vcpu in machine.vcpus],
-        vm=vmstate.read(machine.vm, machine.clock),
-        devices=_devices(machine),
-        services=None if services is None else services.save(),
-        runners=[
+        "slots": [{"gpa": s.gpa, "size": s.size, "readonly": s.readonly} for s in machine.memory.slots],
+        "vm": vmstate.read(machine.vm, machine.clock),
+        "devices": _devices(machine),
+        "services": None if services is None else services.save(),
+        "runners": [
             {"vectors": list(runner.vectors), "exits": [[r, n] for r, n in enumerate(runner.vcpu.native.counts) if n]}
             for runner in machine.runners
         ],
-        console=_text(machine.console),
-        debug_port=_text(machine.debug_port),
-    )
+        "console": _text(machine.console),
+        "debug_port": _text(machine.debug_port),
+    }
 
 
 def _text(console: Console) -> dict[str, Any]:
     return {"data": console.data.hex(), "dropped": console.dropped}
 
 
+@cache
 def boot_id() -> str:
     """What names this boot of this host: states of the same boot need no comparing."""
     try:
