@@ -147,6 +147,7 @@ class Server:
         self._changed = Condition()
         self._client: socket.socket | None = None  # who has come and is not served yet
         self._occupied = False  # by that one, or by the one that is
+        self._served: socket.socket | None = None  # whoever it is
         self._closed = False
 
     def serve(self, *, wait: bool) -> Stopped | None:
@@ -186,17 +187,19 @@ class Server:
             self._free = False
 
     def _accept(self) -> None:
-        """One client at a time; another waits for a moment, in which the first may be about to hang up."""
+        """One client at a time; another waits for a moment, in which the first may be about to hang up, or until one that has is gone."""
         while not self._closed:
             try:
                 client, _ = self.listener.socket.accept()
             except OSError:
                 return
             with self._changed:
-                if not self._changed.wait_for(lambda: not self._occupied, _PATIENCE):
+                while not self._changed.wait_for(lambda: not self._occupied, _PATIENCE) and _has_hung_up(self._served):
+                    pass
+                if self._occupied:
                     client.close()
                     continue
-                self._occupied, self._client = True, client
+                self._occupied, self._client, self._served = True, client, client
                 self._changed.notify_all()
             while self._free and self._client is not None and not self.control.interrupt():
                 sleep(1e-4)
@@ -229,3 +232,14 @@ class Server:
                 self._occupied = False
                 self._changed.notify_all()
         return session, heard
+
+
+def _has_hung_up(client: socket.socket | None) -> bool:
+    """Whether it has closed its end, though not all that it sent may have been read."""
+    from select import POLLRDHUP, poll
+
+    if client is None or client.fileno() < 0:
+        return True
+    watched = poll()
+    watched.register(client, POLLRDHUP)
+    return bool(watched.poll(0))
