@@ -63,7 +63,9 @@ class Saveable:
         waiting = self._machine.waiting_devices
         row = waiting.pop((space, at), None) if waiting else None
         if row is not None and row["state"] is not None and hasattr(device, "load"):
-            device.load(row["state"])
+            from copy import deepcopy
+
+            device.load(deepcopy(row["state"]))  # the device may keep it and change it; others may be restored from the same state
 
     def leave(self, to: str) -> None:
         """The guest goes on somewhere else, at ``to``: the run ends as "migrated", and this copy never runs again."""

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from typing import Any
 
     from pykvm.state.plain import Shape
+    from pykvm.state.vcpustructs import VcpuStructs
 
 __all__ = ["RUNNING", "VERSION", "Difference", "MachineState"]
 
@@ -56,7 +57,7 @@ class MachineState:
     """A machine's state; its sections are attributes. Made by Machine.save() and from_json(), and not to be changed."""
 
     SECTIONS = ("machine", "host", "slots", "vcpus", "vm", "devices", "services", "runners", "console", "debug_port")
-    __slots__ = SECTIONS
+    __slots__ = (*SECTIONS, "_structs")
 
     machine: dict[str, Any]
     host: dict[str, Any]
@@ -68,10 +69,12 @@ class MachineState:
     runners: list[dict[str, Any]]
     console: dict[str, Any]
     debug_port: dict[str, Any]
+    _structs: list[VcpuStructs]
 
     def __init__(self, **sections: Any) -> None:
         for name in self.SECTIONS:
             object.__setattr__(self, name, sections[name])
+        object.__setattr__(self, "_structs", None)
 
     def __setattr__(self, name: str, value: object) -> None:
         raise AttributeError("a MachineState is not changed; make another one with replace()")
@@ -79,6 +82,13 @@ class MachineState:
     def replace(self, **sections: Any) -> MachineState:
         """The same with other sections."""
         return MachineState(**{name: sections.get(name, getattr(self, name)) for name in self.SECTIONS})
+
+    def structs(self, sregs2: bool) -> list[VcpuStructs]:
+        """The vCPUs as the host takes them that saved them; made once, and not to be changed either."""
+        if self._structs is None:
+            layout = self.host["xsave"]
+            object.__setattr__(self, "_structs", [vcpustate.structs_of(vcpu, layout, layout, sregs2) for vcpu in self.vcpus])
+        return self._structs
 
     # --- JSON --------------------------------------------------------------------------------------------------------
 

@@ -130,13 +130,13 @@ class StateOrigin:
 
     def _make_structs(self, machine: Machine) -> list[VcpuStructs]:
         """The vCPUs as this host takes them. Raises IncompatibleStateError and StateError."""
-        state, system = self.state, machine.system
+        layout, boot, system = self.state.host["xsave"], self.state.host["boot"], machine.system
         sregs2 = bool(system.check_extension("KVM_CAP_SREGS2"))
-        here = state.host["xsave"]
-        if not state.host["boot"] or state.host["boot"] != boot_id():  # else it is the very host that saved it: nothing to compare
-            self._compare(machine)
-            here = vcpustate.xsave_layout(system.get_supported_cpuid())
-        return [vcpustate.structs_of(vcpu, state.host["xsave"], here, sregs2) for vcpu in self.state.vcpus]
+        if boot and boot == boot_id():  # the very host that saved it: there is nothing to compare
+            return self.state.structs(sregs2)
+        self._compare(machine)
+        here = vcpustate.xsave_layout(system.get_supported_cpuid())
+        return [vcpustate.structs_of(vcpu, layout, here, sregs2) for vcpu in self.state.vcpus]
 
     def _compare(self, machine: Machine) -> None:
         """With this host; raises IncompatibleStateError."""
