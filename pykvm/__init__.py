@@ -112,13 +112,11 @@ __all__ = [*sorted(_FROM), "__version__"]  # noqa: PLE0604
 
 
 def __getattr__(name: str) -> Any:
-    from importlib import import_module
-
     if name in _FROM:
-        value = globals()[name] = getattr(import_module(_FROM[name]), name)
+        value = globals()[name] = getattr(__import__(_FROM[name], fromlist=[name]), name)
         return value
-    if name in ("hosts", "bench", "debug"):
-        return import_module(f"pykvm.{name}")
+    if name in ("hosts", "bench", "debug", "exits"):
+        return __import__(f"pykvm.{name}", fromlist=["__name__"])
     raise AttributeError(f"module 'pykvm' has no attribute {name!r}")
 
 

@@ -13,8 +13,6 @@ from _thread import RLock
 from pykvm.bus import Bus, Native
 from pykvm.config import Config
 from pykvm.console import Console
-from pykvm.devices.exceptionreport import ExceptionReport
-from pykvm.devices.rom import Rom
 from pykvm.errors import ConfigError, GuestCrash
 from pykvm.lifetime import Closes
 from pykvm.memory import GuestMemory
@@ -285,6 +283,8 @@ class Machine(Saveable, Closes):
         self.pc = platform(self.bus, self.memory, self.console, self.stop, irq, poll_input, self.cpus)
         self.uart, self.post, self.rtc, self.debug_port = self.pc.uart, self.pc.post, self.pc.rtc, self.pc.debug_port
         if self.info.mode == "user":
+            from pykvm.devices.exceptionreport import ExceptionReport
+
             self.bus.pio.add(EXCEPTION_REPORT, 4, ExceptionReport(self.stop))
         if self.ioapic is not None:
             self.bus.mmio.add(IOAPIC_GPA, PAGE_SIZE, self.ioapic)
@@ -295,6 +295,8 @@ class Machine(Saveable, Closes):
         """Writes to read-only slots vanish."""
         for slot in self.memory.slots:
             if slot.readonly:
+                from pykvm.devices.rom import Rom
+
                 with self.config.blames():
                     self.bus.mmio.add(slot.gpa, slot.size, Rom(), native=Native.IGNORE)
 

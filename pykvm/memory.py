@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import mmap
 import os
+from _bisect import bisect_right
 from _weakref import ref
-from bisect import bisect_right
 
 from pykvm.abi import ffi, lib
 from pykvm.errors import ConfigError, GuestMemoryError, MemSlotError

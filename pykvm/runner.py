@@ -13,8 +13,8 @@ from __future__ import annotations
 from _thread import RLock, get_native_id
 from time import monotonic
 
-from pykvm import exits
-from pykvm.abi import EBUSY, EIO, ffi, lib
+import pykvm
+from pykvm.abi import EAGAIN, EBUSY, EINTR, EIO, ffi, lib
 from pykvm.errors import ConfigError, KvmError
 from pykvm.units import PAGE_SIZE
 from pykvm.vcpu import FOREVER
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from typing import Any
 
+    import pykvm.exits
     from pykvm.bus import Bus, Range
     from pykvm.exits import Exit
     from pykvm.msrs import MsrHandlers
@@ -96,7 +97,7 @@ class Runner:
         self.msrs: MsrHandlers | None = None
         self.on_hypercall: Callable[[int, tuple[int, ...]], int] | None = None
         self.on_eoi: Callable[[int], object] | None = None
-        self.on_emulation_failure: Callable[[VCPU, exits.InternalError], bool] | None = None  # True: the instruction is done
+        self.on_emulation_failure: Callable[[VCPU, pykvm.exits.InternalError], bool] | None = None  # True: the instruction is done
         self.is_idle: Callable[[], bool] | None = None
         self._messages: list[Callable[[], object]] = []  # what others want done between two entries
         self._holding = False
@@ -240,8 +241,8 @@ class Runner:
             self._take_coalesced()
         with self.lock:
             reply = self._unpacked()
-        exit = exits.decode(self.vcpu.native)
-        if isinstance(exit, exits.MmioRead):
+        exit = pykvm.exits.decode(self.vcpu.native)
+        if isinstance(exit, pykvm.exits.MmioRead):
             exit.reply(reply)
         self._holding = True  # exceptions and NMIs are part of what the device does; interrupts wait for run()
         try:
@@ -346,36 +347,36 @@ class Runner:
         """An exit that only kvm_run describes in full."""
 
         bus = self.bus
-        exit = exits.decode(self.vcpu.native)
+        exit = pykvm.exits.decode(self.vcpu.native)
         match exit:
-            case exits.IoOut():
+            case pykvm.exits.IoOut():
                 bus.out(exit.port, exit.size, exit.data, exit.count)
-            case exits.IoIn():
+            case pykvm.exits.IoIn():
                 answer = bus.in_(exit.port, exit.size, exit.count)
                 exit.reply(answer)
                 return int.from_bytes(answer[: exit.size], "little")
-            case exits.MmioWrite():
+            case pykvm.exits.MmioWrite():
                 bus.write("mmio", exit.gpa, exit.size, exit.value)
-            case exits.MmioRead():
+            case pykvm.exits.MmioRead():
                 return bus.read("mmio", exit.gpa, exit.size)
-            case exits.Hlt():
+            case pykvm.exits.Hlt():
                 woken = self._read_messages()
                 if not self._offer_interrupts() and not woken:
                     self._stop = Stop("halted", exit=exit)
-            case exits.IrqWindowOpen():
+            case pykvm.exits.IrqWindowOpen():
                 self._offer_interrupts()
-            case exits.RdMsr() if self.msrs is not None:
+            case pykvm.exits.RdMsr() if self.msrs is not None:
                 exit.reply(self.msrs.read(exit.index))
-            case exits.WrMsr() if self.msrs is not None:
+            case pykvm.exits.WrMsr() if self.msrs is not None:
                 if not self.msrs.write(exit.index, exit.value):
                     exit.refuse()
-            case exits.Hypercall() if self.on_hypercall is not None:
+            case pykvm.exits.Hypercall() if self.on_hypercall is not None:
                 exit.reply(self.on_hypercall(exit.nr, exit.args))
-            case exits.IoapicEoi() if self.on_eoi is not None:
+            case pykvm.exits.IoapicEoi() if self.on_eoi is not None:
                 self.on_eoi(exit.vector)
-            case exits.InternalError() if self.on_emulation_failure is not None and self.on_emulation_failure(self.vcpu, exit):
+            case pykvm.exits.InternalError() if self.on_emulation_failure is not None and self.on_emulation_failure(self.vcpu, exit):
                 pass
-            case exits.SetTpr() | exits.Intr():
+            case pykvm.exits.SetTpr() | pykvm.exits.Intr():
                 pass
             case _:
                 self._stop = Stop("crash", exit=exit)
@@ -383,8 +384,7 @@ class Runner:
 
     def _failed(self, errno: int) -> None:
         """KVM_RUN gave an errno: a kick, the heartbeat, the time limit, or an error, which raises KvmError."""
-        exit = self.vcpu.failed(errno)
-        if isinstance(exit, exits.Intr):
+        if errno == EINTR:
             self.sync_table()
             self._read_messages()
             if self.ring is not None and self.on_records is not None:
@@ -397,10 +397,10 @@ class Runner:
                 self._settling, self._stop = False, Stop("settled")
             if self._stop is None and self._deadline is not None and monotonic() >= self._deadline:
                 self._stop = Stop("timeout")
-            if self._stop is None and exit.timed_out and self.is_idle is not None and self.is_idle():
+            if self._stop is None and self.vcpu.native.was_ticked and self.is_idle is not None and self.is_idle():
                 self._stop = Stop("halted")
-        elif not isinstance(exit, exits.Eagain):
-            self._stop = Stop("crash", exit=exit)
+        elif errno != EAGAIN:
+            self._stop = Stop("crash", exit=self.vcpu.failed(errno))
 
     # --- the native table, sinks and records -------------------------------------------------------------------------
 

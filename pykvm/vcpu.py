@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 
-from pykvm import exits
+import pykvm
 from pykvm.abi import EAGAIN, EBADF, EFAULT, EINTR, Struct, enable_cap, ffi, flexible, ioctl, ioctl_value, lib, new
 from pykvm.cpuid import Cpuid
 from pykvm.errors import ConfigError, KvmError
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
     from typing import Any
 
+    import pykvm.exits
     from pykvm.bus import SpaceName
     from pykvm.debug.translate import Translation
     from pykvm.vm import VM
@@ -314,7 +315,7 @@ class VCPU(Closes):
 
     # --- running -----------------------------------------------------------------------------------------------------
 
-    def run(self, timeout: float | None = None) -> exits.Exit:
+    def run(self, timeout: float | None = None) -> pykvm.exits.Exit:
         """KVM_RUN until its next exit, which comes back as an object of pykvm.exits.
 
         ``timeout`` in seconds; when it passes, ``Intr(timed_out=True)`` comes back, and so it does after kick() or a signal.
@@ -325,7 +326,7 @@ class VCPU(Closes):
         self._begun(lib.pykvm_run_once(native, first, interval))  # answers were stored by Exit.reply()
         return self._came_back()
 
-    def steps(self, steps: Any, timeout: float | None = None) -> exits.Exit | None:
+    def steps(self, steps: Any, timeout: float | None = None) -> pykvm.exits.Exit | None:
         """pykvm_steps(): single steps (``steps``: a ``struct pykvm_steps *``) until there is something to look at. The exit that is no
         step's, if that was it, as run() has it; None else."""
         native = self.native
@@ -336,12 +337,12 @@ class VCPU(Closes):
             return None
         return self._came_back()
 
-    def _came_back(self) -> exits.Exit:
+    def _came_back(self) -> pykvm.exits.Exit:
         native = self.native
         packed, native.last = native.last, _ERROR  # the caller has it: nothing is left to answer
         if packed & 0xF == _ERROR:
             return self.failed(packed >> 32)
-        return exits.decode(native)
+        return pykvm.exits.decode(native)
 
     def begin(self, timeout: float | None, interval: float) -> None:
         """Bind the vCPU to this thread; a signal of ours interrupts KVM_RUN after ``timeout`` seconds, then each ``interval``."""
@@ -353,16 +354,16 @@ class VCPU(Closes):
         if error < 0:
             raise KvmError("preparing KVM_RUN", -error, f"vCPU {self.id}: is it running in another thread?")
 
-    def failed(self, errno: int) -> exits.Exit:
+    def failed(self, errno: int) -> pykvm.exits.Exit:
         """What an errno of KVM_RUN means, as an exit; raises KvmError for those that are errors."""
         native = self.native
         if errno == EINTR:
-            return exits.Intr(bool(native.was_kicked), bool(native.was_ticked))
+            return pykvm.exits.Intr(bool(native.was_kicked), bool(native.was_ticked))
         if errno == EAGAIN:
-            return exits.Eagain()
+            return pykvm.exits.Eagain()
         if errno == EFAULT:
-            exit = exits.decode(native)
-            if isinstance(exit, exits.MemoryFault):
+            exit = pykvm.exits.decode(native)
+            if isinstance(exit, pykvm.exits.MemoryFault):
                 return exit
             raise KvmError("KVM_RUN", errno, "the host memory behind a slot that the guest touched is not mapped or may not be accessed")
         raise KvmError("KVM_RUN", errno, f"vCPU {self.id}")

@@ -213,7 +213,7 @@ def bench_whole_process(rounds: int = 30, progress: Callable[[int, int], None] |
     python = sys.executable
     variants = {
         "python -c pass": process(python, "-c", "pass"),
-        "pykvm run hello": process(python, "-c", "import sys; from pykvm.cli import main; sys.exit(main(['run', 'hello']))"),
+        "pykvm run hello": process(python, "-c", "from pykvm.cli import leave, main; leave(main(['run', 'hello']))"),
     }
     with tempfile.TemporaryDirectory(prefix="pykvm-bench-") as folder:
         if shutil.which(_QEMU[0]):

@@ -23,7 +23,12 @@ from pykvm.errors import (
     PykvmError,
 )
 
-__all__ = ["COMMANDS", "main", "say"]
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from types import ModuleType
+    from typing import NoReturn
+
+__all__ = ["COMMANDS", "leave", "main", "say"]
 
 COMMANDS = {
     "run": "run a guest: a gallery name or an image file",
@@ -76,6 +81,19 @@ def main(argv: list[str] | None = None) -> int:
         return 74
 
 
+def leave(status: int) -> NoReturn:
+    """End the process, for the script ``pykvm``. To take the interpreter apart object by object takes 3 ms, and nobody would see it done:
+    that is left out where no function waits for the exit and no other thread was ever made."""
+    if "atexit" in sys.modules or "threading" in sys.modules:
+        sys.exit(status)
+    try:
+        sys.stdout.flush()
+        sys.stderr.flush()
+    except OSError:
+        pass  # main() has told
+    os._exit(status)
+
+
 def say(text: str) -> None:
     """A line on stderr. Where it cannot be written it is lost: the exit status tells what it would have told."""
     try:
@@ -110,9 +128,7 @@ def _main(arguments: list[str]) -> int:
     if name not in COMMANDS:
         return _complain(ConfigError(_unknown("command", name, COMMANDS)))
     try:
-        from importlib import import_module
-
-        status: int = import_module(f"pykvm.cli.{name}").main(rest)
+        status: int = _imported(f"pykvm.cli.{name}").main(rest)
         return status
     except PykvmError as error:
         return _complain(error)
@@ -122,6 +138,19 @@ def _main(arguments: list[str]) -> int:
     except MemoryError:
         say("pykvm: out of memory")
         return 71
+
+
+def _imported(name: str) -> ModuleType:
+    """A module, without the package importlib, and without garbage collections: all that an import makes is there to stay."""
+    import gc
+
+    if not gc.isenabled():
+        return __import__(name, fromlist=["main"])
+    gc.disable()
+    try:
+        return __import__(name, fromlist=["main"])
+    finally:
+        gc.enable()
 
 
 def _complain(error: PykvmError) -> int:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pykvm.devices.saved import Saved
-
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
@@ -36,6 +34,8 @@ class PostPort:
 
     def load(self, state: dict[str, Any]) -> None:
         """Take back what save() gave. Raises StateError."""
+        from pykvm.devices.saved import Saved
+
         self.codes = Saved(state, self.name, 1).numbers("codes", (1 << 64) - 1, at_most=self.history)
 
     def __repr__(self) -> str:

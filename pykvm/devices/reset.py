@@ -6,8 +6,6 @@ Sources: Intel ICH datasheets, "Reset Control Register" (RST_CNT) and "Fast A20 
 
 from __future__ import annotations
 
-from pykvm.devices.saved import Saved
-
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -44,6 +42,8 @@ class ResetControl:
 
     def load(self, state: dict[str, Any]) -> None:
         """Take back what save() gave. Raises StateError."""
+        from pykvm.devices.saved import Saved
+
         self.value = Saved(state, self.name, 1).number("value", 0x0A)
 
 
@@ -65,6 +65,8 @@ class KeyboardController:
 
     def load(self, state: dict[str, Any]) -> None:
         """Take back what save() gave. Raises StateError."""
+        from pykvm.devices.saved import Saved
+
         Saved(state, self.name, 1)
 
     def write(self, offset: int, size: int, value: int) -> None:
@@ -98,4 +100,6 @@ class PortA:
 
     def load(self, state: dict[str, Any]) -> None:
         """Take back what save() gave. Raises StateError."""
+        from pykvm.devices.saved import Saved
+
         self.a20 = Saved(state, self.name, 1).number("a20", 2) & 2

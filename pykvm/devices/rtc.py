@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import time
 
-from pykvm.devices.saved import Saved
 from pykvm.errors import StateError
 from pykvm.platform import MMIO_HOLE
 
@@ -110,6 +109,8 @@ class Rtc:
 
     def load(self, state: dict[str, Any]) -> None:
         """Take back what save() gave. Raises StateError."""
+        from pykvm.devices.saved import Saved
+
         saved = Saved(state, self.name, 1)
         far = 1 << 62
         self.index, self.ram = saved.number("index", 0xFF), bytearray(saved.bytes("ram", 128, 128))

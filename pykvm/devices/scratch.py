@@ -5,8 +5,6 @@ At ports 0xE0-0xE7 (the first four as in QEMU's pc-testdev) and at gpa 0xD000000
 
 from __future__ import annotations
 
-from pykvm.devices.saved import Saved
-
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
@@ -37,5 +35,7 @@ class Scratch:
 
     def load(self, state: dict[str, Any]) -> None:
         """Take back what save() gave. Raises StateError."""
+        from pykvm.devices.saved import Saved
+
         data = Saved(state, self.name, 1).bytes("bytes", len(self.bytes))
         self.bytes[:] = data.ljust(len(self.bytes), b"\0")

@@ -8,7 +8,6 @@ Source: National Semiconductor PC16550D datasheet, section 8 (registers), tables
 from __future__ import annotations
 
 from pykvm.devices.once import Once
-from pykvm.devices.saved import Saved
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -114,6 +113,8 @@ class Uart16550:
 
     def load(self, state: dict[str, Any]) -> None:
         """Take back what save() gave. Raises StateError."""
+        from pykvm.devices.saved import Saved
+
         saved = Saved(state, self.name, 1)
         for name in self._BYTES:
             setattr(self, name, saved.number(name, 0xFF))

@@ -21,7 +21,7 @@ Which format a file has, the first that holds:
 from __future__ import annotations
 
 from pykvm.errors import ConfigError, GuestImageError
-from pykvm.loaders import elf, flat
+from pykvm.loaders import elf
 from pykvm.loaders.image import BootState, check, write
 
 TYPE_CHECKING = False
@@ -51,6 +51,8 @@ def peek(data: bytes, path: str = "image", mode: str = "auto", format: str = "au
     else:
         why = "as the caller said"
     if format == "flat":
+        from pykvm.loaders import flat
+
         return flat.peek(data, path, mode, why)
     if format == "elf":
         if headers is None:

@@ -7,7 +7,7 @@ Source: System V ABI, chapters 4 (object files) and 5 (program headers, notes).
 
 from __future__ import annotations
 
-from struct import Struct, error
+from _struct import Struct  # less to import at each start than struct is
 
 from pykvm.errors import GuestImageError
 from pykvm.loaders import note as notes
@@ -90,11 +90,10 @@ def _read_program_headers(headers: Headers, data: bytes, path: str, phoff: int, 
     virtual_entry = headers.entry
     for i in range(phnum):
         at = phoff + i * phentsize
-        try:
-            fields = layout.unpack_from(data, at)
-        except (error, OverflowError):
+        if at + layout.size > len(data):
             why = f"program header {i} would be at file offset {at:#x}, past the end: the file is truncated"
-            raise GuestImageError(path, None, why) from None
+            raise GuestImageError(path, None, why)
+        fields = layout.unpack_from(data, at)
         if headers.bits == 32:
             kind, offset, vaddr, paddr, filesz, memsz, _, _ = fields
         else:

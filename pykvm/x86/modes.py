@@ -31,7 +31,6 @@ from pykvm.platform import (
     TSS_GPA,
 )
 from pykvm.units import MIB, PAGE_SIZE
-from pykvm.x86.idt import gate
 from pykvm.x86.paging import PageTableBuilder
 from pykvm.x86.regs import CR0, CR4, EFER, RFLAGS
 
@@ -278,6 +277,8 @@ HAS_ERROR_CODE = frozenset((8, 10, 11, 12, 13, 14, 17, 21, 29, 30))  # SDM vol. 
 
 def _write_idt(memory: GuestMemory) -> None:
     """32 interrupt gates to 16-byte stubs, which push what the CPU did not and meet in one place that reports."""
+    from pykvm.x86.idt import gate
+
     stubs, idt = bytearray(), bytearray()
     common = STUBS_GPA + 32 * 16
     for vector in range(32):

@@ -8,7 +8,7 @@ vol. 2 chapter 5.
 
 from __future__ import annotations
 
-from struct import iter_unpack, pack
+from _struct import iter_unpack, pack
 
 from pykvm.errors import ConfigError, GuestMemoryError
 from pykvm.units import PAGE_SIZE

@@ -9,6 +9,7 @@ import pytest
 
 import pykvm
 from pykvm import GuestMemory, Hlt, Machine, System, asm, mode_named
+from pykvm.devices import rom
 from pykvm.errors import KvmError, MemSlotError, PykvmError
 from tests.conftest import FEW, TIME_SCALE
 
@@ -148,7 +149,7 @@ def test_a_failure_anywhere_in_machine_closes_all(part, error, monkeypatch):
     with Machine("rom_write") as made:
         made.run(TIMEOUT)
     before = held()
-    where = getattr(pykvm, owner) if owner else next(m for m in (pykvm.machine, pykvm.pc, pykvm.start) if hasattr(m, name))
+    where = getattr(pykvm, owner) if owner else next(m for m in (pykvm.machine, pykvm.pc, pykvm.start, rom) if hasattr(m, name))
     monkeypatch.setattr(where, name, fails)
     with pytest.raises(error):
         Machine("rom_write")
