@@ -243,6 +243,8 @@ class Machine(Saveable, Closes):
         self.runner.on_heartbeat = self._tick
         self.bus.on_change = self._on_bus_change
         self.group = VcpuGroup(self.runners, watch_idle=in_kernel, pin=pin)
+        self.pc.wake = lambda: self.runner.post(self._wake_up)
+        self.group.sleeps(lambda: self.pc.asleep, self._fall_asleep)
 
     def _finish(self, vcpu: VCPU, error: InternalError) -> bool:
         """KVM has given up on an instruction: whether it is done now."""

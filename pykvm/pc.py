@@ -90,6 +90,17 @@ class Pc:
         """What a guest finds in memory at its start, beside the image: nothing on this platform. Returns the gpa of the RSDP, or 0."""
         return 0
 
+    wake: Callable[[], object] | None = None
+
+    def fall_asleep(self) -> None:
+        """The machine is suspended from now on, until ``wake()`` is called."""
+        raise NotImplementedError
+
+    @property
+    def asleep(self) -> bool:
+        """Whether the machine is suspended, and something may wake it."""
+        return False
+
     def tick(self) -> None:
         """Between two entries of the vCPU, now and then: time passes, and input comes in."""
         self.uart.tick()

@@ -87,7 +87,8 @@ class PcTest(Pc):
         lines = [irq(gsi) for gsi in range(LINES)]
         echo = EchoPorts()
         self.fw_cfg = FwCfg(memory, cpus)
-        self.acpi = AcpiPm(stop, lines[SCI_GSI].set)
+        self.acpi = AcpiPm(stop, lines[SCI_GSI].set, wake=lambda: self.wake and self.wake())
+        self.rtc.on_alarm = self.acpi.alarm
         for port, length, device in (
             (PORT_A, 1, PortA(stop)),
             (TEST_PORTS, 4, echo),
@@ -120,6 +121,15 @@ class PcTest(Pc):
         self.tables.append(place_vectors(memory))
         assert rsdp.gpa is not None
         return rsdp.gpa
+
+    def fall_asleep(self) -> None:
+        """Into S3."""
+        self.acpi.fall_asleep()
+
+    @property
+    def asleep(self) -> bool:
+        """Whether the machine is in S3."""
+        return self.acpi.asleep
 
     def tick(self) -> None:
         """Time passes."""

@@ -55,6 +55,7 @@ LOW_RAM_END = 0x9FC00  # what a PC calls conventional memory ends here
 EBDA_GPA, EBDA_END = 0x9FC00, 0xA0000  # the extended BIOS data area
 BIOS_GPA, BIOS_END = 0xE0000, 0x100000  # where guests look for the RSDP and the MP table, in steps of 16 bytes
 NO_SERVICE_GPA = 0xF8000  # the handler of real-mode interrupts where there is no BIOS
+FACS_GPA, WAKING_VECTOR = BIOS_GPA, 12  # ACPI's table where a guest leaves the address to wake it at, and how far in
 RSDP_GPA, MP_GPA, MP_TABLE_GPA = 0xF0000, 0xF0030, 0xF0040  # the other ACPI tables begin at BIOS_GPA
 LOAD_GPA = 0x100000
 

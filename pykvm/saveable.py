@@ -76,6 +76,16 @@ class Saveable:
         if self.moved_to is not None:
             raise ConfigError(f"the guest has moved to {self.moved_to}: this copy must not run")
 
+    def _fall_asleep(self) -> None:
+        from pykvm.state.sleep import fall_asleep
+
+        fall_asleep(self._machine)
+
+    def _wake_up(self) -> None:
+        from pykvm.state.sleep import wake_up
+
+        wake_up(self._machine)
+
     def save(self) -> MachineState:
         """All of the machine but its memory's bytes, as plain data (state/save.py). It must stand still, or be paused; it may go on."""
         from pykvm.state.save import save

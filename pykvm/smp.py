@@ -68,11 +68,14 @@ class IdleWatch:
 
     def __init__(self, runners: Sequence[Runner]) -> None:
         self._runners = runners
+        self.asleep: Callable[[], bool] = bool  # whether all are suspended and a device will wake them: never by itself
         self._since = [0.0] * len(runners)  # idle at each look from then on; 0: was not
         self._last = [0.0] * len(runners)
 
     def look(self, index: int) -> bool:
         """Look at one vCPU, from its thread; True: all have halted."""
+        if self.asleep():
+            return False
         vcpu = self._runners[index].vcpu
         state = vcpu.get_mp_state()
         halted = state == lib.KVM_MP_STATE_HALTED and not vcpu.native.run.if_flag
@@ -96,6 +99,7 @@ class VcpuGroup:
         self.runners = runners
         self.pin = pin
         self.ends: list[Stop | BaseException] = []  # of the last run: what each vCPU's ended with, the first to end first
+        self.on_sleep: Callable[[], object] | None = None  # called when a run has stopped as "sleep", which then goes on
         self._gate: Gate | None = None
         self._stopping = RLock()  # a stop() reaches all vCPUs or none before the run that it ends is over
         self._watch = IdleWatch(runners) if watch_idle else None
@@ -107,6 +111,16 @@ class VcpuGroup:
 
     def run(self, timeout: float | None = None) -> Stop:
         """Run all until one stops; returns why. Raises what a device raised, on whichever vCPU."""
+        deadline = None if timeout is None else monotonic() + timeout
+        while True:
+            stop = self._run(timeout)
+            if stop.reason != "sleep" or self.on_sleep is None:
+                return stop
+            self.on_sleep()
+            if deadline is not None:
+                timeout = max(deadline - monotonic(), 1e-6)
+
+    def _run(self, timeout: float | None) -> Stop:
         if self._watch is not None:
             self._watch.forget()
         if len(self.runners) == 1:
@@ -174,6 +188,12 @@ class VcpuGroup:
         with self._stopping:
             for runner in self.runners:
                 runner.stop(reason, code)
+
+    def sleeps(self, asleep: Callable[[], bool], on_sleep: Callable[[], object]) -> None:
+        """The machine can suspend itself: ``on_sleep()`` is called when it wants to, and while ``asleep()`` it has not halted for good."""
+        self.on_sleep = on_sleep
+        if self._watch is not None:
+            self._watch.asleep = asleep
 
     # --- pausing -----------------------------------------------------------------------------------------------------
 

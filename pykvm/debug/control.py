@@ -361,7 +361,7 @@ class Control:
         return None
 
     def _all_idle(self) -> bool:
-        return all(
+        return not self.machine.pc.asleep and all(
             self._stepper.vcpu(cpu).get_mp_state() == lib.KVM_MP_STATE_HALTED and not self._stepper.vcpu(cpu).native.run.if_flag
             for cpu in self._started()
         )

@@ -107,6 +107,8 @@ def _cause(machine: Machine, view: CpuView, stop: Stop) -> _Told:
             return _Told(_fail_entry(view, failed))
         case exits.MemoryFault() as fault:
             return _Told(f"the host memory behind gpa {fault.gpa:#x} ({fault.size} bytes) cannot be reached: was its mapping taken away?")
+        case None if stop.reason == "timeout" and machine.pc.asleep:
+            return _Told("it is suspended (ACPI S3): the RTC's alarm wakes it, if enabled, and pc.acpi.press_power_button() does")
         case None if stop.reason == "timeout":
             return _Told(_time_limit(view))
         case None:

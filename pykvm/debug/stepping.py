@@ -198,7 +198,9 @@ class Stepper:
             self.settle(cpu)
             return self.stopped("interrupted", cpu)
         if isinstance(exit, exits.Intr | exits.Eagain):
-            if vcpu.get_mp_state() == lib.KVM_MP_STATE_HALTED and not vcpu.native.run.if_flag:
+            if self.machine.pc.asleep:
+                self.machine.runner.settle()  # time passes, and what wakes it is heard
+            elif vcpu.get_mp_state() == lib.KVM_MP_STATE_HALTED and not vcpu.native.run.if_flag:
                 return self.stopped("halted", cpu, Stop("halted"))
             return None
         if isinstance(exit, exits.IoOut) and exit.size != 1 and self._is_planted_out(cpu, exit):
@@ -206,6 +208,10 @@ class Stepper:
         stop = self.runner(cpu).serve()
         if stop is None and isinstance(exit, exits.InternalError):
             return self.stopped("step", cpu)  # KVM gave up on the instruction, and it was finished all the same
+        on_sleep = self.machine.group.on_sleep
+        if stop is not None and stop.reason == "sleep" and on_sleep is not None:
+            on_sleep()
+            return self.stopped("step", cpu)
         if stop is not None:
             return self.of_stop(stop, cpu)
         if isinstance(exit, _MADE_BY_AN_INSTRUCTION):

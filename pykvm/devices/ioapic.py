@@ -119,6 +119,11 @@ class Ioapic:
     def _tell_routes(self) -> None:
         self.on_routes({p: _message(e) for p, e in enumerate(self.entries) if not e & MASKED and e & DELIVERY != EXTINT})
 
+    def reset(self) -> None:
+        """As at the start; lines are as they are."""
+        self.index, self.id, self.entries = 0, 0, [MASKED] * PINS
+        self._tell_routes()
+
     # --- saving ------------------------------------------------------------------------------------------------------
 
     def save(self) -> dict[str, Any]:

@@ -36,7 +36,7 @@ PM = 0x80
 DONT_CARE = 0xC0
 DAY_SECONDS = 86400
 CRYSTAL = 32768  # Hz: the unit that time is counted in here
-UPDATE_TOLD = 8  # crystal periods, 244 µs: so long before an update UIP tells of it
+UPDATE_TOLD = 8 + 65  # crystal periods: UIP comes on 244 µs before an update, which takes 1984 µs; the second ends with it (table 6)
 _LIMITS = {  # register -> smallest and largest value; of HOURS in 24-hour mode
     SECONDS: (0, 59), MINUTES: (0, 59), HOURS: (0, 23), WEEKDAY: (1, 7), DAY: (1, 31), MONTH: (1, 12), YEAR: (0, 99), CENTURY: (0, 99),
 }  # fmt: skip
@@ -46,6 +46,7 @@ class Rtc:
     """``now()`` gives seconds since the epoch (UTC); ``memory`` bytes of RAM and the number of ``cpus`` go into CMOS, where BIOSes look.
 
     ``irq(level)`` is its interrupt line (GSI 8 on a PC): high from when register C's IRQF is set until the guest reads that register.
+    ``on_alarm()`` is called for each alarm that is enabled.
     """
 
     name = "RTC"
@@ -54,6 +55,7 @@ class Rtc:
         self, now: Callable[[], float] = time.time, memory: int = 0, irq: Callable[[int], object] | None = None, cpus: int = 1
     ) -> None:
         self.now, self.irq = now, irq
+        self.on_alarm: Callable[[], object] | None = None
         self.index = 0
         self.ram = bytearray(128)
         self.ram[REG_A] = 0x26  # 32768 Hz time base, 1024 Hz rate: what a BIOS leaves
@@ -269,6 +271,8 @@ class Rtc:
                 self.ram[REG_C] |= C_UPDATE
                 if self._held is None and self._alarm_after(first % DAY_SECONDS) <= last - first:
                     self.ram[REG_C] |= C_ALARM
+                    if self.on_alarm is not None and self.ram[REG_B] & B_ALARM:
+                        self.on_alarm()
         self._update_irq()
 
     def _alarm_after(self, second: int) -> int:

@@ -6,6 +6,7 @@ They describe what devices/acpipm.py, KVM's irqchip and the other devices are. S
 
 from __future__ import annotations
 
+from pykvm.devices.acpipm import S3, S5
 from pykvm.platform import (
     ACPI_PM,
     COM1,
@@ -29,8 +30,8 @@ HEADER = 36
 CHECKSUM_AT = 9
 FACS_SIZE = 64
 FADT_SIZE = 244
-# FADT flags (table 5.10): WBINVD works, C1 on all processors, the sleep button is no fixed hardware, no RTC wake, a reset register.
-FLAGS = 1 << 0 | 1 << 2 | 1 << 5 | 1 << 6 | 1 << 10
+# FADT flags (table 5.10): WBINVD works, C1 on all processors, the sleep button is no fixed hardware, a reset register.
+FLAGS = 1 << 0 | 1 << 2 | 1 << 5 | 1 << 10
 LEGACY_DEVICES, NO_VGA = 1 << 0, 1 << 2  # IA-PC boot flags (table 5.11); without the bit for an 8042
 RESET_VALUE = 0x06
 PM_CONTROL, PM_TIMER = 4, 8  # from ACPI_PM
@@ -41,6 +42,7 @@ ENABLED = 1
 def acpi_tables(cpus: int, *, pic: bool = True) -> tuple[Blob, Blob]:
     """(tables, RSDP) for ``cpus`` processors whose APIC ids count from 0; ``pic``: there is a pair of 8259s too."""
     tables, rsdp = Blob("etc/acpi/tables", align=64), Blob("etc/acpi/rsdp")
+    # First, so that it is at platform.FACS_GPA when it is placed.
     facs = tables.append((b"FACS" + FACS_SIZE.to_bytes(4, "little")).ljust(32, b"\0") + b"\1" + bytes(31), align=64)
     dsdt = _table(tables, b"DSDT", 2, _dsdt(cpus))
     fadt = _fadt(tables, facs, dsdt)
@@ -92,8 +94,8 @@ def _dsdt(cpus: int) -> bytes:
         aml.name("_STA", aml.integer(0x0B)),  # there, enabled, works; not for a user interface
         aml.name("_CRS", aml.resources(aml.io_ports(FW_CFG, 12))),
     )
-    s5 = aml.name("_S5_", aml.package(*[aml.integer(0)] * 4))
-    return s5 + aml.scope("\\_SB_", *processors, com1, rtc, fw_cfg)
+    s3, s5 = (aml.name(name, aml.package(*map(aml.integer, (type, type, 0, 0)))) for name, type in (("_S3_", S3), ("_S5_", S5)))
+    return s3 + s5 + aml.scope("\\_SB_", *processors, com1, rtc, fw_cfg)
 
 
 def _madt(cpus: int, pic: bool) -> bytes:

@@ -3,12 +3,16 @@
 import pytest
 
 from pykvm.devices.acpipm import AcpiPm
+from pykvm.errors import StateError
 
 
 class World:
     def __init__(self):
-        self.ns, self.level, self.stopped = 0, 0, []
-        self.pm = AcpiPm(lambda reason, code: self.stopped.append((reason, code)), self.set_level, lambda: self.ns)
+        self.ns, self.level, self.stopped, self.woken = 0, 0, [], 0
+        self.pm = AcpiPm(lambda reason, code: self.stopped.append((reason, code)), self.set_level, lambda: self.ns, self.wake)
+
+    def wake(self):
+        self.woken += 1
 
     def set_level(self, level):
         assert level != self.level
@@ -72,8 +76,40 @@ def test_sleep_type_0_is_power_off(world, offset, size, value):
     assert world.stopped == [("power-off", None)]
 
 
-@pytest.mark.parametrize("value", [0x0000, 0x1C00, 0x2400, 0x3C00, 0x0400])
+@pytest.mark.parametrize("value", [0x0000, 0x1C00, 0x2800, 0x3C00, 0x0400])
 def test_other_sleep_types_are_not(world, value):
     world.pm.write(4, 2, value)
     assert world.stopped == []
     assert world.pm.read(4, 2) == value & 0x1C00 | 1
+
+
+def test_sleep_type_1_suspends_and_the_alarm_wakes(world):
+    world.pm.alarm()
+    assert world.pm.read(0, 2) == 0  # awake, nobody is told
+    world.pm.write(2, 2, 0x400)
+    world.pm.write(4, 2, 0x2400)
+    assert world.stopped == [("sleep", None)] and not world.pm.asleep
+    world.pm.fall_asleep()
+    world.pm.alarm()
+    assert world.woken == 1 and not world.pm.asleep
+    assert [world.pm.read(offset, 2) for offset in (0, 2, 4)] == [0x8400, 0, 1]
+    world.pm.write(0, 2, 0x8400)
+    assert world.pm.read(0, 2) == 0
+
+
+def test_what_wakes_and_what_does_not(world):
+    world.pm.fall_asleep()
+    world.pm.alarm()  # it is not enabled
+    world.ns = 2_400_000_000
+    world.pm.tick()
+    assert world.pm.asleep and not world.woken
+    saved = world.pm.save()
+    world.pm.press_power_button()
+    assert world.woken == 1 and world.pm.read(0, 2) == 0x8100
+    other = World()
+    other.pm.load(saved)
+    assert other.pm.asleep
+    other.pm.load({name: value for name, value in saved.items() if name != "asleep"} | {"version": 1})  # from before there was S3
+    assert not other.pm.asleep
+    with pytest.raises(StateError, match="asleep"):
+        other.pm.load(saved | {"asleep": 7})

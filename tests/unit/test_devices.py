@@ -271,9 +271,9 @@ def test_update_flag():
     assert clock[C] == 0
 
 
-def test_an_update_is_told_of_244_microseconds_before():
+def test_an_update_is_told_of_from_244_microseconds_before_to_its_end():
     clock = Clock()
-    for fraction, told in ((0.5, 0), (1 - 300e-6, 0), (1 - 200e-6, 0x80), (1 - 20e-6, 0x80), (1.0, 0), (1.1, 0)):
+    for fraction, told in ((0.5, 0), (1 - 2300e-6, 0), (1 - 2200e-6, 0x80), (1 - 20e-6, 0x80), (1.0, 0), (1.1, 0)):
         clock.now = 1e9 + fraction
         assert clock[A] == 0x26 | told
     clock.now = 1e9 + 1 - 100e-6

@@ -172,8 +172,11 @@ def acpi_pm():
 
     def check():
         assert line.level == bool(device.status & device.enable)
-        assert device.status & ~0x101 == 0 and device.enable & ~0x521 == 0 and device.control & ~0x1C00 == 0
-        assert set(stopped) <= {"power-off"}
+        assert device.status & ~0x8501 == 0 and device.enable & ~0x521 == 0 and device.control & ~0x1C00 == 0
+        assert set(stopped) <= {"power-off", "sleep"}
+        if stopped[-1:] == ["sleep"]:
+            stopped.clear()
+            device.fall_asleep()
 
     def pass_time(value):
         clock[0] += value % 10_000_000_000
