@@ -1,7 +1,9 @@
-"""Firmware: a flat image that ends at 4 GiB, where a CPU starts after reset, with its last 256 KiB below 1 MiB too.
+"""Firmware: a flat image that ends at 4 GiB, where a CPU starts after reset, with its last 128 KiB below 1 MiB too.
 
 At 4 GiB it is a read-only slot whose writes vanish. The copy below 1 MiB is RAM: on a PC the chipset makes it writable on request (PAM),
-and firmware that finds no such chipset writes to it all the same. An ELF file is taken too, when its segments lie in the last 16 MiB.
+and firmware that finds no such chipset writes to it all the same. An image of up to 256 KiB is below 1 MiB as a whole: it is
+linked to run there, and on a PC copies the rest from below 4 GiB itself, when it has found the chipset. A larger one, most of which
+could not be there anyway, has zeroed RAM at 0xC0000-0xDFFFF. An ELF file is taken too, when its segments lie in the last 16 MiB.
 Sources: SDM vol. 3 section 10.1.4 (the first instruction); the ranges are those of any PC since the 386.
 """
 
@@ -21,7 +23,7 @@ if TYPE_CHECKING:
 __all__ = ["hand_over", "looks_like", "peek"]
 
 LARGEST = 16 * MIB
-MIRROR = 256 << 10  # bytes that are below 1 MiB too: a PC has 128 KiB there, and a chipset by which firmware copies the rest itself
+MIRROR, WHOLE = 128 << 10, 256 << 10  # bytes that are below 1 MiB too; of an image that large all of them
 _JUMPS = (0xEA, 0xE9, 0xEB)  # far, near and short: what firmware has at the reset vector
 
 
@@ -57,7 +59,7 @@ def hand_over(info: ImageInfo, data: bytes, memory: GuestMemory, handover: Hando
     if handover.modules or handover.cmdline:
         raise ConfigError("firmware takes no --append and no --initrd: it asks fw_cfg for what it wants")
     assert info.rom is not None
-    size = min(MIRROR, info.rom[1])
+    size = info.rom[1] if info.rom[1] <= WHOLE else MIRROR
     if not memory.contains(MIB - size, size):
         have = format_size(memory.ram_size)
         raise GuestImageError(info.path, None, f"firmware needs RAM up to 1 MiB: give --memory 1M or more, not {have}")

@@ -316,8 +316,12 @@ def firmware_memory(info, size=2 * MIB):
     return memory
 
 
-@pytest.mark.parametrize("size", [16, PAGE + 100, 128 << 10, 256 << 10, 16 * MIB])
-def test_firmware(size):
+@pytest.mark.parametrize(
+    ("size", "mirrored"),
+    [(16, 16), (PAGE + 100, PAGE + 100), (128 << 10, 128 << 10), (256 << 10, 256 << 10), (320 << 10, 128 << 10), (16 * MIB, 128 << 10)],
+)
+def test_firmware(size, mirrored):
+    """The last 128 KiB are below 1 MiB too, in RAM; of an image of 256 KiB all is."""
     data = bytes(n * 7 & 0xFF for n in range(251)) * (size // 251 + 1)
     data = data[:size]
     info = peek(data, format="firmware")
@@ -325,8 +329,8 @@ def test_firmware(size):
     boot = load(info, data, memory)
     assert (boot.mode, boot.entry) == ("firmware", 0xFFFFFFF0)
     assert memory.read((1 << 32) - size, size) == data
-    mirrored = min(size, 256 << 10)
     assert memory.read(MIB - mirrored, mirrored) == data[-mirrored:]
+    assert not any(memory.read(0xA0000, MIB - 0xA0000 - mirrored)) and memory.is_writable(0xA0000, MIB - 0xA0000)
 
 
 def test_firmware_as_elf():
