@@ -267,15 +267,15 @@ static uint64_t interrupted(struct pykvm_vcpu *v)
 	return pack(PYKVM_ERROR, EINTR);
 }
 
-/* The word for an access to a range, or LOOK when it has no room: a far offset, a wide value, an odd size, a REP. */
+/* The word for an access to a range, or LOOK when it has no room: a far offset, an odd size, a REP. */
 static ALWAYS_INLINE uint64_t pack_access(const struct pykvm_range *range, const struct access *a)
 {
 	uint64_t offset = a->at - range->base;
 	int kind = (a->is_mmio ? PYKVM_MMIO_WRITE : PYKVM_OUT) + !a->is_write;
 
-	if (a->count != 1 || offset > 0xffff || a->value >> 32 || !a->size || (a->size & (a->size - 1)))
+	if (a->count != 1 || offset > 0xffff || !a->size || (a->size & (a->size - 1)))
 		return pack(PYKVM_LOOK, a->is_mmio ? KVM_EXIT_MMIO : KVM_EXIT_IO);
-	return pack(kind, a->value) | (uint64_t)__builtin_ctz(a->size) << 4 | (uint64_t)range->index << 6 | offset << 16;
+	return (uint64_t)kind | (uint64_t)__builtin_ctz(a->size) << 4 | (uint64_t)range->index << 6 | offset << 16;
 }
 
 /* Guests stay with a device for a while: the range of the last access is tried first. */
@@ -340,17 +340,16 @@ static ALWAYS_INLINE uint64_t again(struct pykvm_vcpu *v, struct kvm_run *run)
 {
 	const struct pykvm_again *w = &v->again, now = what(run);
 	uint8_t *data;
-	uint64_t value;
 
 	if (now.reason != w->reason || now.first != w->first || now.second != w->second)
 		return 0;
 	data = now.reason == KVM_EXIT_IO ? (uint8_t *)run + now.second : run->mmio.data;
 	if (w->is_write) {
-		value = load(data, w->size);
-		return value >> 32 ? 0 : w->name | value << 32;
+		v->value = load(data, w->size);
+	} else {
+		v->reply_at = data;
+		v->reply_size = w->size;
 	}
-	v->reply_at = data;
-	v->reply_size = w->size;
 	return w->name;
 }
 
@@ -424,6 +423,7 @@ static ALWAYS_INLINE uint64_t run_recording(struct pykvm_vcpu *v, struct pykvm_r
 			return pack(PYKVM_LOOK, run->exit_reason);
 		if (!v->native || !act(v, range, &a)) {
 			packed = pack_access(range, &a);
+			v->value = a.value;
 			if (!ring && (packed & 15) != PYKVM_LOOK && (!v->native || range->action == PYKVM_TO_PYTHON)) {
 				v->again = what(run);
 				v->again.name = (uint32_t)packed;
@@ -472,8 +472,8 @@ void pykvm_forget(struct pykvm_vcpu *v)
 	v->again.reason = 0;
 }
 
-/* Run until Python must see something: slot | value << 8, or 0 with the whole story in last. */
-static inline uint64_t run_on(struct pykvm_vcpu *v)
+/* Run until Python must see something: a slot, or 0 with the whole story in last. */
+static inline uint32_t run_on(struct pykvm_vcpu *v)
 {
 	const struct pykvm_hot *h;
 
@@ -496,7 +496,7 @@ static inline uint64_t run_on(struct pykvm_vcpu *v)
 		}
 	}
 	h = place(v, (uint32_t)v->last);
-	return h->key == (uint32_t)v->last ? h->slot | v->last >> 32 << 8 : 0;
+	return h->key == (uint32_t)v->last ? h->slot : 0;
 }
 
 /* Answer the last exit, if it is one that waits for a reply. */
@@ -508,7 +508,7 @@ void pykvm_answer(struct pykvm_vcpu *v, uint64_t reply)
 
 /* These two run the vCPU of this thread's session: each argument that Python need not hand over saves some hundred instructions an
  * exit. A child that was forked amid a session has none. */
-uint64_t pykvm_run(void)
+uint32_t pykvm_run(void)
 {
 	struct pykvm_vcpu *v = pykvm_current;
 
@@ -516,7 +516,7 @@ uint64_t pykvm_run(void)
 }
 
 /* The same, after answering the previous exit with reply. */
-uint64_t pykvm_step(uint64_t reply)
+uint32_t pykvm_step(uint64_t reply)
 {
 	struct pykvm_vcpu *v = pykvm_current;
 

@@ -13,8 +13,8 @@
 #include <linux/kvm.h>
 
 /* What an exit is, in one word (pykvm_vcpu.last). Bits 0-3: one of these. For the four accesses: bits 4-5 log2 of the size,
- * bits 6-15 the index of the range, bits 16-31 the offset in it, bits 32-63 the value written. For LOOK the exit reason, for
- * ERROR the errno, are in bits 32-63. */
+ * bits 6-15 the index of the range, bits 16-31 the offset in it; what a write writes is in pykvm_vcpu.value. For LOOK the exit
+ * reason, for ERROR the errno, are in bits 32-63. */
 enum {
 	PYKVM_LOOK = 0,		/* an exit that Python decodes from struct kvm_run */
 	PYKVM_OUT = 1,
@@ -25,8 +25,8 @@ enum {
 	PYKVM_DRAIN = 6,	/* empty the record ring and the sinks, then step again */
 };
 
-/* The low half of that word names an access. Python gives those it meets a slot, 1 to 253; from then on step() returns
- * slot | value << 8, small enough to cost Python next to nothing. 0 means: look at last. */
+/* The low half of that word names an access. Python gives those it meets a slot, 1 to 253; from then on step() returns it: an integer
+ * that CPython has at hand and need not make. 0 means: look at last. */
 #define PYKVM_NO_SESSION 255	/* a slot that is never given: this thread runs no vCPU */
 #define PYKVM_BAD_REPLY 254	/* nor is this one: the reply has more bits than the access */
 #define PYKVM_HOT 64		/* places, a power of two */
@@ -180,6 +180,7 @@ struct pykvm_vcpu {
 	struct pykvm_hot hot[PYKVM_HOT];
 	uint64_t counts[PYKVM_REASONS];
 	uint64_t last;			/* what the last step found */
+	uint64_t value;			/* what that access writes */
 	uint64_t stash;			/* an exit that waits until Python has emptied the sinks ... */
 	uint32_t stashed;		/* ... if there is one */
 	uint32_t appended;		/* a sink has bytes that Python has not seen */
@@ -214,8 +215,8 @@ int pykvm_unmap_run(struct pykvm_vcpu *v, int force);
 int pykvm_begin(struct pykvm_vcpu *v, uint64_t first_ns, uint64_t interval_ns);
 void pykvm_end(struct pykvm_vcpu *v);
 int pykvm_run_once(struct pykvm_vcpu *v, uint64_t first_ns, uint64_t interval_ns);
-uint64_t pykvm_run(void);
-uint64_t pykvm_step(uint64_t reply);
+uint32_t pykvm_run(void);
+uint32_t pykvm_step(uint64_t reply);
 void pykvm_answer(struct pykvm_vcpu *v, uint64_t reply);
 void pykvm_remember(struct pykvm_vcpu *v, uint32_t key, uint32_t slot);
 void pykvm_forget(struct pykvm_vcpu *v);

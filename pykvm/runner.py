@@ -1,8 +1,9 @@
 """The run loop: one KVM_RUN after another until the guest stops, each exit given to the device that claims it.
 
-The hot path makes no objects. ``lib.pykvm_step`` answers the previous exit, enters the guest and returns the next one as a slot
-and a value in one small integer (native/runloop.h). Slots are given to accesses as they are first met, and ``_handlers`` has the
-device's bound method for each. Everything else is 0 and goes through ``_look``: unclaimed and REP accesses, HLT, errors.
+The hot path makes no objects but the value written. ``lib.pykvm_step`` answers the previous exit, enters the guest and returns the
+next one as a slot (native/runloop.h); what a write writes lies in memory beside it. Slots are given to accesses as they are first
+met, and ``_handlers`` has the device's bound method for each. Everything else is 0 and goes through ``_look``: unclaimed and REP
+accesses, HLT, errors.
 
 Both loops are this one. With ``loop="native"`` the C side may carry out what a range's ``Native`` action says and come back less
 often; exits and records are the same.
@@ -107,6 +108,8 @@ class Runner:
         self._deadline: float | None = None
         self._stop: Stop | None = None
         self._settling = False  # the run ends at the first EINTR
+        # What the last write writes. A memoryview costs less than an attribute of cffi's, and than a second half of the slot's integer.
+        self._written = memoryview(ffi.buffer(ffi.addressof(vcpu.native, "value"))).cast("Q")
         self._handlers: list[tuple[Any, int, int]] = [  # slot -> (method, offset, size)
             *[(None, 0, 0)] * lib.PYKVM_BAD_REPLY, (_bad_reply, 0, 0), (_no_session, 0, 0)
         ]  # fmt: skip
@@ -126,7 +129,7 @@ class Runner:
     def run(self, timeout: float | None = None) -> Stop:
         """Run until the guest stops or ``timeout`` seconds have passed. Raises what devices raise, and KvmError."""
         native = self.vcpu.native
-        run, step, handlers = lib.pykvm_run, lib.pykvm_step, self._handlers
+        run, step, handlers, written, first_write = lib.pykvm_run, lib.pykvm_step, self._handlers, self._written, _FIRST_WRITE
         if timeout is not None:
             timeout = min(timeout, FOREVER)
         self._deadline = None if timeout is None else monotonic() + timeout
@@ -146,26 +149,26 @@ class Runner:
             else:
                 self._pause()
             # After an exception the last exit still waits for its answer; a fresh start answers nothing.
-            got = run() if native.last & 0xF == _ERROR else 0
+            slot = run() if native.last & 0xF == _ERROR else 0
             while True:
-                slot = got & 0xFF
-                if slot >= _FIRST_WRITE:
+                if slot >= first_write:
                     method, offset, size = handlers[slot]
-                    method(offset, size, got >> 8)
-                    got = run()
-                elif slot:
+                    method(offset, size, written[0])
+                    slot = run()
+                    continue
+                if slot:
                     method, offset, size = handlers[slot]
-                    got = step(method(offset, size))
-                else:
-                    reply = self._look(native.last)
-                    if self._stop is not None:
-                        lib.pykvm_answer(native, reply)
-                        if native.last & 0xF != lib.PYKVM_DRAIN:
-                            native.last = _ERROR  # done with: the next run starts afresh
-                        stop, self._stop = self._stop, None
-                        stop.vcpu = self.vcpu
-                        return stop
-                    got = step(reply)
+                    slot = step(method(offset, size))
+                    continue
+                reply = self._look(native.last)
+                if self._stop is not None:
+                    lib.pykvm_answer(native, reply)
+                    if native.last & 0xF != lib.PYKVM_DRAIN:
+                        native.last = _ERROR  # done with: the next run starts afresh
+                    stop, self._stop = self._stop, None
+                    stop.vcpu = self.vcpu
+                    return stop
+                slot = step(reply)
         except BaseException as error:
             if isinstance(error, (TypeError, OverflowError)):
                 self._blame(native.last, error)
@@ -327,7 +330,7 @@ class Runner:
             method = _guarded(method, self.lock)
         self._give_slot(packed & 0xFFFFFFFF, (method, offset, size), is_write)
         if is_write:
-            method(offset, size, packed >> 32)
+            method(offset, size, self._written[0])
             return 0
         answer: int = method(offset, size)
         return answer

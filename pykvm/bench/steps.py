@@ -33,10 +33,10 @@ __all__ = ["Steps", "bench_steps"]
 # What a function is there for: (part, how its name or, after a space, its file begins). The first that fits counts.
 _PARTS = (
     ("system call", ("ioctl", "__errno_location")),
-    ("cffi", ("_cffi", "save_errno", "restore_errno", "PyLong_", "_PyLong_", "_my_PyLong", " _cffi_backend")),
+    ("cffi", ("_cffi", "save_errno", "restore_errno", "_my_PyLong", " _cffi_backend")),
     ("loop in C", (" _native",)),
     ("GIL", ("take_gil", "drop_gil", "PyEval_SaveThread", "PyEval_RestoreThread", "pthread_", "_PyThreadState_", "__tls_get_addr")),
-    ("integers", ("long_", "PyNumber_", "PyObject_IsTrue")),
+    ("integers", ("PyLong_", "_PyLong_", "long_", "PyNumber_", "_PyNumber_", "PyObject_IsTrue", "PyObject_GetItem", "memory_")),
     ("bytecode", ("_PyEval_EvalFrame",)),
     (
         "calls",

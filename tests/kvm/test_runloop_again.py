@@ -111,7 +111,7 @@ def test_another_loop_does_otherwise_with_the_same_access():
 
 
 def test_values_of_64_bits(loop):
-    """Those that fit in the word, and those that do not, by turns."""
+    """Of one, two and three of Python's 30-bit digits, by turns."""
     log, values = [], [1, 0x1122334455667788, 2, 0xFFFFFFFF, 0xFFFFFFFF00000000]
     source = "mov ebx, 0xd1000000; " + "; ".join(f"mov rax, {value:#x}; mov [rbx], rax" for value in values)
     code = pykvm.asm(source + EXIT, bits=64, org=0x100000)
