@@ -154,7 +154,7 @@ class Runner:
                 if slot >= first_write:
                     method, offset, size = handlers[slot]
                     method(offset, size, written[0])
-                    slot = run()
+                    slot = step(0)
                     continue
                 if slot:
                     method, offset, size = handlers[slot]
