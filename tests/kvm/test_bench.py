@@ -143,22 +143,25 @@ def test_the_guests_clock_counts_what_loops_add():
     """Where the TSC counts instructions a median of samples is exact: what an exit costs the guest, the loop's part of it too."""
     if not tsc_counts_instructions():
         pytest.skip("the TSC counts no instructions here: times differ from run to run")
-    (row,) = bench_exits(chosen(["PIO out 8"]), batch=400, rounds=3)
-    c, native, python = (row.guest[loop].median.value for loop in ("C", "native", "python"))
-    assert c < native <= c + 40 and native < python <= c + 2200
+    for row in bench_exits(chosen(["PIO out 8", "MMIO write 32"]), batch=400, rounds=3):
+        c, native, python = (row.guest[loop].median.value for loop in ("C", "native", "python"))
+        assert c < native <= c + 40 and native < python <= c + 2200, row.kind
 
 
 @slow
 def test_steps_go_up_from_c_to_python():
-    """The regression guard: instructions, not times, so the same on every host and each time; against the least loop with cffi."""
+    """The regression guard: instructions, not times, so the same on every host and each time. What Python adds to C is held against what
+    the least loop with cffi adds to a port write, with the same interpreter: 0.60 to 0.72 of it in CPython 3.11, 3.12 and 3.13."""
     try:
-        steps = bench_steps(*chosen(["PIO out 8"]))
+        steps = {kind.name: bench_steps(kind) for kind in chosen(["PIO out 8", "MMIO write 32"])}
     except ConfigError as error:
         pytest.skip(f"the kernel or a security policy lets no process trace its child: {error}")
-    totals = steps.totals
-    assert 20 < totals["C"] < totals["native"] <= totals["C"] + 40 < totals["python"] < totals[NAIVE]
-    assert all(sum(parts.values()) == totals[loop] for loop, parts in steps.parts.items())
-    assert {"GIL", "bytecode"} & set(steps.parts["python"]) and not {"GIL", "bytecode"} & set(steps.parts["native"])
+    yardstick = steps["PIO out 8"].totals[NAIVE] - steps["PIO out 8"].totals["C"]
+    for one in steps.values():
+        totals = one.totals
+        assert 20 < totals["C"] < totals["native"] <= totals["C"] + 40 < totals["python"] < totals["C"] + 0.85 * yardstick
+        assert all(sum(parts.values()) == totals[loop] for loop, parts in one.parts.items())
+        assert {"GIL", "bytecode"} & set(one.parts["python"]) and not {"GIL", "bytecode"} & set(one.parts["native"])
     with pytest.raises(ConfigError, match="not answered by all loops"):
         bench_steps(*chosen(["HLT"]))
 
