@@ -14,7 +14,7 @@ from pykvm.memory import GuestMemory
 from pykvm.platform import TSS_GPA
 from pykvm.system import System
 from pykvm.x86.modes import IO_BITMAP_SIZE, TSS_SIZE, LongMode, ProtectedMode, RealMode, UserMode
-from pykvm.x86.regs import RFLAGS
+from pykvm.x86.regs import AVAILABLE_TSS, BUSY_TSS, RFLAGS
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -35,6 +35,7 @@ __all__ = [
     "out_leaves_rip_past",
     "shutdown_keeps_registers",
     "single_step",
+    "tr_reads_busy",
     "watchpoints",
 ]
 
@@ -179,3 +180,15 @@ def interruptible_with_if_clear() -> bool:
     code = b"\x48\xb9" + ticks.to_bytes(8, "little") + bytes.fromhex("0f31 48c1e220 4809d0 4801c1 0f31 48c1e220 4809d0 4839c8 72f2 e6f4")
     # A busy machine may be late with the signal once, but not three times.
     return any(isinstance(_exit_of(code, "long", timeout=0.001)[0], exits.Intr) for _ in range(3))
+
+
+@cache
+def tr_reads_busy() -> bool:
+    """Whether KVM calls the TSS in TR busy when it is not. AMD-V keeps TR as LTR has loaded it, from a descriptor that was available; of its
+    type, VMRUN only looks at the TSS's size (APM vol. 2 section 15.5.1). VT-x wants it busy, so KVM says that it is."""
+    with System() as system, system.create_vm() as vm:
+        vcpu = vm.create_vcpu()
+        sregs = vcpu.get_sregs()
+        sregs.tr.type = AVAILABLE_TSS
+        vcpu.set_sregs(sregs)
+        return bool(vcpu.get_sregs().tr.type == BUSY_TSS)

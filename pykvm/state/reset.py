@@ -19,7 +19,7 @@ from struct import iter_unpack
 from pykvm.abi import ffi, lib
 from pykvm.errors import ConfigError, GuestMemoryError, KvmError, StateError
 from pykvm.state.save import device_places, settle
-from pykvm.state.vcpustructs import TSC, TSC_DEADLINE, capture
+from pykvm.state.vcpustructs import TSC, TSC_DEADLINE, capture, tr_as_loaded
 from pykvm.units import PAGE_SIZE
 from pykvm.x86.regs import CR0, CR4, EFER
 
@@ -130,6 +130,7 @@ class Checkpoint:
     def _fill_vcpu(self, cell: Any, vcpu: VCPU, structs: VcpuStructs) -> None:
         cell.v = vcpu.native
         cell.regs, cell.sregs = structs.regs.cdata[0], vcpu.get_sregs().cdata[0]
+        tr_as_loaded(cell.sregs)
         cell.events, cell.debugregs, cell.has_debugregs = structs.events.cdata[0], structs.debugregs.cdata[0], 1
         cell.mp_state.mp_state = structs.mp_state
         if structs.xcrs is not None:

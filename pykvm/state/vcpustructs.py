@@ -16,17 +16,20 @@ from functools import cache
 
 from pykvm.abi import Struct, ffi, lib
 from pykvm.errors import KvmError, StateError
+from pykvm.probe import tr_reads_busy
 from pykvm.x86.msr import MSRS, msr_name
-from pykvm.x86.regs import EFER
+from pykvm.x86.regs import AVAILABLE_TSS, BUSY_TSS, EFER
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from typing import Any
+
     from pykvm.cpuid import Cpuid
     from pykvm.system import System
     from pykvm.vcpu import VCPU
     from pykvm.vm import VM
 
-__all__ = ["VcpuStructs", "capability_msrs", "capture", "msr_indices", "nested_of", "put"]
+__all__ = ["VcpuStructs", "capability_msrs", "capture", "msr_indices", "nested_of", "put", "tr_as_loaded"]
 
 TSC, TSC_DEADLINE, FEATURE_CONTROL = 0x10, 0x6E0, 0x3A
 HYPERV, HYPERV_GUEST_OS_ID = range(0x40000000, 0x40000200), 0x40000000
@@ -135,6 +138,7 @@ def put(vm: VM, vcpu: VCPU, state: VcpuStructs) -> list[str]:
             vcpu.set_tsc_khz(khz)
         if state.msrs.get(FEATURE_CONTROL):
             vcpu.set_msrs([(FEATURE_CONTROL, state.msrs[FEATURE_CONTROL])])
+        tr_as_loaded(state.sregs.cdata)
         if system.check_extension("KVM_CAP_SREGS2"):
             vcpu.set_sregs2(state.sregs)
         else:
@@ -156,6 +160,12 @@ def put(vm: VM, vcpu: VCPU, state: VcpuStructs) -> list[str]:
     except KvmError as error:
         raise StateError(where, f"this host's KVM does not take it: {error}") from error
     return notes
+
+
+def tr_as_loaded(sregs: Any) -> None:
+    """TR in sregs that KVM has read becomes what the CPU has loaded. QEMU's AMD-V lets the I/O bitmap of no busy TSS count."""
+    if sregs.tr.type == BUSY_TSS and tr_reads_busy():
+        sregs.tr.type = AVAILABLE_TSS
 
 
 def _put_msrs(vcpu: VCPU, msrs: dict[int, int], where: str) -> list[str]:

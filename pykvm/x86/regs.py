@@ -41,6 +41,7 @@ class RFLAGS:
 
 
 MSR_TSC = 0x10
+AVAILABLE_TSS, BUSY_TSS = 0x9, 0xB  # types of 32- and 64-bit TSSs (SDM vol. 3 table 3-2)
 MSR_STAR, MSR_LSTAR, MSR_SFMASK = 0xC0000081, 0xC0000082, 0xC0000084
 
 _BITS = {

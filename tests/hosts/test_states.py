@@ -114,6 +114,9 @@ ROUTES = [
     ("skylake", "amd", "skylake"),
     ("amd", "sandybridge", "amd"),
     ("here", "skylake", "here"),
+    ("skylake", "here", "skylake"),
+    ("here", "amd", "here"),
+    ("amd", "here", "amd"),
 ]
 
 
