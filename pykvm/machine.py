@@ -484,6 +484,7 @@ class Machine(Saveable, Closes):
     def resume(self) -> None:
         """Go on after pause()."""
         self._check_here()
+        self.handed_to = None
         self._turn_clock(paused=False)
         self.group.resume()
 

@@ -184,8 +184,8 @@ def interruptible_with_if_clear() -> bool:
 
 @cache
 def tr_reads_busy() -> bool:
-    """Whether KVM calls the TSS in TR busy when it is not. AMD-V keeps TR as LTR has loaded it, from a descriptor that was available; of its
-    type, VMRUN only looks at the TSS's size (APM vol. 2 section 15.5.1). VT-x wants it busy, so KVM says that it is."""
+    """Whether KVM calls the TSS in TR busy when it is not. AMD-V keeps TR as LTR has loaded it, from a descriptor that was available, and
+    VMRUN only looks at its size (APM vol. 2 section 15.5.1). VT-x wants it busy, so KVM says that it is."""
     with System() as system, system.create_vm() as vm:
         vcpu = vm.create_vcpu()
         sregs = vcpu.get_sregs()

@@ -25,6 +25,7 @@ class Saveable:
     shared: Shared | None = None  # what fork() shares
     restored: StateOrigin | None = None  # how restore() made it
     moved_to: str | None = None  # where the guest is after a migration
+    handed_to: str | None = None  # where it may be: it was handed over, and no answer came. resume() decides that it is not
     _checkpoint: Checkpoint | None = None
     _clock: int | None = None  # where kvmclock stands while it does
 
@@ -69,7 +70,7 @@ class Saveable:
 
     def leave(self, to: str) -> None:
         """The guest goes on somewhere else, at ``to``: the run ends as "migrated", and this copy never runs again."""
-        self.moved_to = to
+        self.moved_to, self.handed_to = to, None
         self._machine.stop("migrated")
 
     def _check_here(self) -> None:

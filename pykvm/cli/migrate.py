@@ -24,10 +24,10 @@ COMMAND = Command(
     "PATH --to unix:DEST",
     "Move the guest that runs with --control unix:PATH to where `pykvm receive unix:DEST` waits. It runs on while its memory is\n"
     "copied; then it stands still for a moment, and goes on there. Until it is handed over, whatever goes wrong, it goes on here.\n"
-    "Ctrl-C calls it off.",
+    "A paused guest arrives paused. Ctrl-C calls it off.",
     [
         Option("--to", "where pykvm receive waits", "unix:DEST"),
-        Option("--downtime", "a goal: how long the guest may stand still, such as 50ms", "TIME", 0.01, parse_duration),
+        Option("--downtime", "a goal: how long the guest may stand still, such as 50ms", "TIME", "10ms", parse_duration),
         Option("--patience", "give up on a destination that does not answer for so many seconds", "SECONDS", 10.0, number),
         Option("--json", "the report as JSON"),
     ],
@@ -118,5 +118,7 @@ def report_text(r: dict[str, Any]) -> str:
             f"{row['slowed']:>7.0%}"
         )
     lines.append(f"{'last':>5} {r['last']['pages']:>9} {'':>9} {r['last']['bytes'] / 1e6:>9.1f} {r['downtime'] * 1e3:>9.1f}")
+    if r["paused"]:
+        lines.append("it was paused, and is so there: `pykvm control PATH resume` with the path of `pykvm receive --control` lets it go on")
     lines.append("standing still: " + ", ".join(f"{r['last'][what] * 1e3:.1f} ms {what}" for what in PHASES))
     return "\n".join(lines + [f"note: {note}" for note in r["notes"]])

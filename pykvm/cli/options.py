@@ -44,6 +44,10 @@ class Option:
             self.metavar = "|".join(choices)
         self.key = name.removeprefix("--no-").lstrip("-").replace("-", "_")
 
+    def value(self) -> Any:
+        """What counts when nobody gives the option. A default in words, such as 10ms, is read as if it had been given."""
+        return list(self.default) if self.many else self.convert(self.default) if isinstance(self.default, str) else self.default
+
     def value_of(self, text: str) -> Any:
         """The checked value."""
         if self.choices and text not in self.choices:
@@ -64,7 +68,7 @@ class Command:
 
     def parse(self, argv: list[str], least: int = 0, most: int = 0) -> tuple[list[str], dict[str, Any]]:
         """(operands, option values by name without dashes). Raises ConfigError; prints help and leaves with status 0 for --help."""
-        values = {o.key: list(o.default) if o.many else o.default for o in self.options.values()}
+        values = {o.key: o.value() for o in self.options.values()}
         operands: list[str] = []
         words = list(reversed(argv))
         while words:

@@ -52,8 +52,11 @@ def main(argv: list[str]) -> int:
             raise MigrationError(f"no guest came in {o['within']:g} seconds") from None
     output = Output()
     incoming = Incoming(
-        sock, patience=o["patience"], adapt=o["adapt"], accept_tsc=o["accept_tsc"], pin=o["pin"], loop=o["loop"], **options_of(o, output)
-    )
+        sock, patience=o["patience"], adapt=o["adapt"], accept_tsc=o["accept_tsc"], resumable=o["control"] is not None, pin=o["pin"],
+        loop=o["loop"], **options_of(o, output),
+    )  # fmt: skip
     machine = incoming.take()
     tell(machine)
+    if machine.group.paused:
+        say(f"pykvm: the guest came paused: pykvm control {o['control'].removeprefix('unix:')} resume lets it go on")
     return finish(machine, o, output)

@@ -7,6 +7,8 @@
 4. COMMIT hands the guest over. Until it is sent, whatever goes wrong, the guest goes on here. From then on it never does by itself: if
    RUNNING does not come back, it may run there, and stays paused here with its state kept until somebody decides.
 
+A guest that was paused moves as it is: it arrives paused, and is never resumed here or there but by its user.
+
 A guest that writes faster than the stream takes it is slowed: every 20 ms its vCPUs are held out of it for a growing share of that time.
 """
 
@@ -86,6 +88,7 @@ class Migration:
         self._rest = REST
         self.stream = Stream(sock, patience=patience, check=self._check)
         self._sender = PageSender(self.stream)
+        self._paused = machine.group.paused  # it stays so, wherever it ends up
         self._throttle = Throttle(machine.group)
 
     # --- what others ask ---------------------------------------------------------------------------------------------
@@ -115,6 +118,7 @@ class Migration:
     def run(self) -> dict[str, Any]:
         """Migrate; returns a report. Raises MigrationError: before the commit the guest goes on here; ``uncertain``, it is paused."""
         try:
+            check_not_handed_over(self.machine)
             with self._throttle, DirtyLog(self.machine.vm, self.machine.memory) as log:
                 return self._run(log)
         except BaseException as error:
@@ -140,9 +144,9 @@ class Migration:
     def _run(self, log: DirtyLog) -> dict[str, Any]:
         began = monotonic()
         state = self._stand_still()
-        self.machine.resume()
+        self._go_on()
         saving = monotonic() - began
-        self.stream.send_fields(wire.HELLO, software="pykvm", memory=self.machine.memory.size)
+        self.stream.send_fields(wire.HELLO, software="pykvm", memory=self.machine.memory.size, paused=self._paused)
         self.stream.send(wire.STATE, state.to_json().encode())
         self.notes = _texts(self.stream.receive(wire.WELCOME).fields().get("notes"))
         self.progress.phase = "copying"
@@ -166,14 +170,19 @@ class Migration:
         return f"{why}, and sending them takes {self.progress.expected * 1e3:.0f} ms; or give it more time with --downtime"
 
     def _stand_still(self) -> MachineState:
-        """Pause the guest and take its state. Whoever calls this resumes it, or hands it over."""
+        """Pause the guest and take its state. Whoever calls this has it go on, or hands it over."""
         self.machine.pause()
         try:
             self._wait_for_all()
             return self.machine.save()
         except BaseException:
-            self.machine.resume()
+            self._go_on()
             raise
+
+    def _go_on(self) -> None:
+        """As it was before it was made to stand still."""
+        if not self._paused:
+            self.machine.resume()
 
     def _wait_for_all(self) -> None:
         """All vCPUs wait; of a run that has just begun, or is about to end, some have not come to it yet."""
@@ -233,7 +242,7 @@ class Migration:
         try:
             left = log.look()
             if not self._fits(left, saving, 1.0) and len(self.rounds) < MOST_ROUNDS:
-                self.machine.resume()
+                self._go_on()
                 return None
             progress.phase, progress.left = "stopped", left * PAGE_SIZE
             stream.patience = max(STANDING, 10 * self.downtime)
@@ -245,14 +254,14 @@ class Migration:
             times.append(monotonic())
             with self._deciding:
                 self._check()
-                progress.phase = "committed"
+                progress.phase, self.machine.handed_to = "committed", self.to
                 whole = stream.send_at_once(wire.COMMIT)
                 if whole is False:
-                    progress.phase = "stopped"
+                    progress.phase, self.machine.handed_to = "stopped", None
                     raise MigrationError("the other side went away when it was ready")
         except BaseException:
             if progress.phase != "committed":
-                self.machine.resume()
+                self._go_on()
             raise
         self._wait_until_it_runs(whole is True)
         times.append(monotonic())
@@ -279,6 +288,7 @@ class Migration:
     def _report(self, downtime: float, last: dict[str, Any]) -> dict[str, Any]:
         return {
             "to": self.to,
+            "paused": self._paused,
             "seconds": monotonic() - self._began,
             "downtime": downtime,
             "goal": self.downtime,
@@ -291,6 +301,12 @@ class Migration:
             "slowed": self._throttle.share,
             "notes": self.notes,
         }
+
+
+def check_not_handed_over(machine: Machine) -> None:
+    """A guest that may run somewhere else must not move on from here. Raises MigrationError."""
+    if machine.handed_to is not None:
+        raise MigrationError(f"the guest may run at {machine.handed_to} already: resume this one first, if it does not")
 
 
 def migrate(machine: Machine, to: str, **options: Any) -> dict[str, Any]:

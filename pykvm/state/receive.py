@@ -53,7 +53,7 @@ class Incoming:
     """One guest on its way here, over the connected socket ``sock``.
 
     ``adapt``, ``accept_tsc``: as for Machine.restore(). ``prepare(machine)`` is called when there is a machine, for devices of the caller's
-    own. ``options`` are Machine.restore()'s.
+    own. ``resumable``: somebody here can resume() a guest that comes paused; without, it is refused. ``options`` are Machine.restore()'s.
     """
 
     def __init__(
@@ -64,15 +64,20 @@ class Incoming:
         adapt: bool = False,
         accept_tsc: bool = False,
         prepare: Callable[[Machine], object] = lambda machine: None,
+        resumable: bool = True,
         **options: Any,
     ) -> None:
         self.stream = Stream(sock, patience=patience)
         self.machine: Machine | None = None
         self.notes: list[str] = []  # what is not quite as it was, in words
         self._adapt, self._accept_tsc, self._prepare, self._options = adapt, accept_tsc, prepare, options
+        self._resumable = resumable
 
     def take(self) -> Machine:
-        """The machine, when the source has committed: whoever gets it runs it at once. Raises MigrationError, and the guest is not here."""
+        """The machine, when the source has committed: whoever gets it runs it at once; one that came paused waits in its run for resume().
+
+        Raises MigrationError, and the guest is not here.
+        """
         refusal = wire.REFUSE
         try:
             arrival, first = self._greet()
@@ -101,7 +106,9 @@ class Incoming:
     def _greet(self) -> tuple[Arrival, MachineState]:
         """Check the guest and make a machine for it."""
         stream = self.stream
-        stream.receive(wire.HELLO).fields()
+        paused = bool(stream.receive(wire.HELLO).fields().get("paused"))
+        if paused and not self._resumable:
+            raise MigrationError("the guest is paused, and nobody could resume it here: start `pykvm receive` with --control unix:PATH")
         first = MachineState.from_json(stream.receive(wire.STATE).head)
         memory = _memory_for(first)
         try:
@@ -113,6 +120,8 @@ class Incoming:
             raise
         self.machine = machine
         machine.restored = arrival
+        if paused:
+            machine.pause()
         self._prepare(machine)
         if first.services is None:  # what a guest has had made by hypercall comes with the last state
             _check_devices(machine)

@@ -14,7 +14,7 @@ from threading import Event, Thread
 from time import monotonic
 
 from pykvm.errors import ConfigError, MigrationError, PykvmError
-from pykvm.state.migrate import DOWNTIME, PATIENCE, Migration
+from pykvm.state.migrate import DOWNTIME, PATIENCE, Migration, check_not_handed_over
 from pykvm.unixsocket import UnixListener, connect, path_of
 
 TYPE_CHECKING = False
@@ -209,8 +209,7 @@ class ControlServer:
         path = path_of(to, "to")
         with self._lock:
             self._check_settled()
-            if self.machine.group.paused:
-                raise ConfigError("the guest is paused: resume it first")
+            check_not_handed_over(self.machine)
             try:
                 sock = connect(path)
             except OSError as error:

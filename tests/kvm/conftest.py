@@ -3,6 +3,7 @@
 import pytest
 
 from pykvm import KvmUnavailableError, System
+from tests.conftest import TIME_SCALE
 
 
 def _why_not() -> str:
@@ -25,6 +26,23 @@ def pytest_collection_modifyitems(items):
 def system():
     with System() as opened:
         yield opened
+
+
+@pytest.fixture
+def patient_source(monkeypatch):
+    """For migrations: a destination in an emulated host takes its time."""
+    from pykvm.state import migrate
+
+    monkeypatch.setattr(migrate, "STANDING", migrate.STANDING * TIME_SCALE)
+
+
+@pytest.fixture
+def machine(patient_source):
+    """A machine to migrate: its guest waits half way, and writes memory all the time."""
+    from tests.kvm.moving import half_way
+
+    with half_way() as machine:
+        yield machine
 
 
 @pytest.fixture(params=["python", "native"])

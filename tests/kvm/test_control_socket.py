@@ -281,11 +281,24 @@ def test_the_client_that_asked_goes_and_the_migration_does_not(served, tmp_path)
     there.close()
 
 
-def test_a_paused_guest_does_not_migrate(served):
+def test_a_paused_guest_migrates_and_arrives_paused(served, tmp_path):
+    end = receive_at(tmp_path / "there")
     served.ask("pause")
-    with pytest.raises(pykvm.ConfigError, match="resume it first"):
-        served.ask("migrate", to="unix:/tmp/x")
-    served.ask("resume")
+    with ControlClient(served.path) as client:
+        client.send("migrate", to=f"unix:{tmp_path / 'there'}", wait=True)
+        answer = client.line()
+        while "progress" in answer:
+            answer = client.line()
+    assert answer["ok"] and answer["report"]["paused"]
+    assert served.running.end().reason == "migrated"
+    there = end()
+    with ControlServer(there.machine, str(tmp_path / "control there")), ControlClient(str(tmp_path / "control there")) as client:
+        assert client.ask("status")["status"] == "paused"
+        before = there.machine.memory.read(0x200000, 48 * 4096)
+        assert there.machine.memory.read(0x200000, 48 * 4096) == before
+        assert client.ask("resume")["status"] == "running"
+        assert goes_on(there.machine)
+    there.close()
 
 
 def test_the_machine_ends_amid_a_migration(tmp_path):
@@ -321,6 +334,8 @@ def test_uncertain_waits_for_a_decision(served, tmp_path, monkeypatch):
     assert status["status"] == "paused" and "no answer came" in status["migration"]["error"]
     assert goes_on(there.machine)
     assert "no answer came" in served.said[0]
+    with pytest.raises(pykvm.ConfigError, match=r"may run at .* already: resume this one first"):
+        served.ask("migrate", to="unix:/somewhere/else")
     served.ask("quit")
     assert served.running.end().reason == "quit"
     there.close()

@@ -95,6 +95,28 @@ def test_the_report_for_a_person(echo, there):
     assert "dirty after" in out
 
 
+def test_a_paused_guest_moves_and_waits_there(echo, there, start, tmp_path):
+    """Where nobody could resume it, it is refused, and stays paused where it was."""
+    (source, control), (destination, where) = echo, there
+    assert pykvm("control", control, "pause")[0] == 0
+    status, _, err = pykvm("migrate", control, "--to", f"unix:{where}")
+    assert status == 75 and "start `pykvm receive` with --control" in err
+    assert destination.wait(TIMEOUT) == 75
+    assert pykvm("control", control, "status")[1].startswith("paused: ")
+    other = str(tmp_path / "control there")
+    destination = start("receive", f"unix:{where}", "--control", f"unix:{other}", "--timeout", str(4 * TIMEOUT))
+    destination.stderr.readline()
+    status, out, err = pykvm("migrate", control, "--to", f"unix:{where}")
+    assert status == 0 and "it was paused, and is so there" in out, err
+    assert source.wait(TIMEOUT) == 0
+    destination.stdin.write(b"there\n")
+    until(lambda: pykvm("control", other, "status")[1].startswith("paused: "))
+    assert pykvm("control", other, "resume")[0] == 0
+    out, err = destination.communicate(timeout=TIMEOUT)
+    assert (destination.returncode, out) == (0, b"THERE\n"), err
+    assert b"the guest came paused: pykvm control" in err
+
+
 def test_the_destination_is_killed(echo, there, start):
     """While it is stopped amid the move; the guest goes on where it was, and moves with the next attempt."""
     (source, control), (destination, where) = echo, there

@@ -12,7 +12,7 @@ from pykvm.cli.migrate import PHASES
 from pykvm.state import migrate as source
 from pykvm.state.migrate import Migration
 from pykvm.state.stream import Stream
-from tests.conftest import TIME_SCALE, TIMEOUT
+from tests.conftest import TIMEOUT
 from tests.kvm.moving import (
     CONSOLE,
     COUNTER,
@@ -22,23 +22,12 @@ from tests.kvm.moving import (
     Running,
     exit_code,
     goes_on,
-    half_way,
     move,
     until,
     walker,
 )
 
-
-@pytest.fixture(autouse=True)
-def as_slow_as_the_host(monkeypatch):
-    """A destination in an emulated host takes its time."""
-    monkeypatch.setattr(source, "STANDING", source.STANDING * TIME_SCALE)
-
-
-@pytest.fixture
-def machine():
-    with half_way() as machine:
-        yield machine
+pytestmark = pytest.mark.usefixtures("patient_source")
 
 
 @pytest.mark.slow
