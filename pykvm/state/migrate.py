@@ -250,7 +250,8 @@ class Migration:
             self._sender.send_all(log, self._check)
             stream.send(wire.STATE, state.to_json().encode())
             times.append(monotonic())
-            self.notes += _texts(stream.receive(wire.READY).fields().get("notes"))
+            notes = _texts(stream.receive(wire.READY).fields().get("notes"))
+            self.notes = list(dict.fromkeys([*self.notes, *notes]))  # most of them have come with WELCOME
             times.append(monotonic())
             with self._deciding:
                 self._check()

@@ -11,7 +11,6 @@ import pytest
 from pykvm import MigrationError
 from pykvm.state import migrate as source
 from pykvm.state import stream as wire
-from pykvm.state.compat import Host
 from pykvm.state.migrate import Migration
 from pykvm.state.stream import Stream
 from tests.conftest import TIMEOUT
@@ -238,32 +237,6 @@ def test_another_version(machine, monkeypatch):
         move(machine, a)
     assert goes_on(machine)
     there.wait()
-
-
-@pytest.fixture
-def poor(monkeypatch):
-    """Destinations whose KVM has no SSE2."""
-    asked = Host.of.__func__
-
-    def of(cls, system):
-        host = asked(cls, system)
-        host.features = [name for name in host.features if name != "sse2"]
-        return host
-
-    monkeypatch.setattr(Host, "of", classmethod(of))
-    monkeypatch.setattr("pykvm.state.restore.boot_id", lambda: "another host's")
-
-
-def test_a_guest_that_the_destination_cannot_run(machine, poor):
-    """It is refused by name, and before any of its memory moves."""
-    a, b = socket.socketpair()
-    there = Receiving(b)
-    migration = Migration(machine, a, "there")
-    with pytest.raises(MigrationError, match="refuses: this host cannot run it: CPUID feature sse2"):
-        migration.run()
-    assert migration.rounds == []
-    assert goes_on(machine)
-    assert "sse2" in str(there.wait().error)
 
 
 @pytest.mark.slow
