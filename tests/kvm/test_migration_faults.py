@@ -3,6 +3,7 @@
 import gc
 import os
 import random
+import signal
 import socket
 import threading
 
@@ -12,6 +13,7 @@ from pykvm import MigrationError
 from pykvm.state import migrate as source
 from pykvm.state import stream as wire
 from pykvm.state.migrate import Migration
+from pykvm.state.receive import Incoming
 from pykvm.state.stream import Stream
 from tests.conftest import TIMEOUT
 from tests.kvm.moving import (
@@ -21,8 +23,10 @@ from tests.kvm.moving import (
     Link,
     Receiving,
     Running,
+    Turnstile,
     exit_code,
     goes_on,
+    half_way,
     move,
     until,
     walker,
@@ -107,6 +111,76 @@ def cut_everywhere(forward, backward):
         assert (result.console, result.exit_code) == (CONSOLE, exit_code())  # after all that
         machine.close()
     return [attempt.outcome for attempt in attempts]
+
+
+def test_the_wire_is_cut_at_a_few_places():
+    """Amid HELLO, STATE and the first round's pages, and before and amid WELCOME. The 48 pages that the guest writes are not over yet."""
+    assert set(cut_everywhere([0, 40, 5000, 150_000], [0, 40])) == {"failed"}
+
+
+class Forked:
+    """A process that does ``work()`` and nothing else; gone at the end at the latest. ``closed``: a socket that is not its own."""
+
+    def __init__(self, work, closed):
+        self.id = os.fork()
+        if self.id == 0:
+            try:
+                closed.close()
+                work()
+            finally:
+                os._exit(0)
+
+    def kill(self):
+        if self.id:
+            os.kill(self.id, signal.SIGKILL)
+            os.waitpid(self.id, 0)
+            self.id = None
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.kill()
+
+
+@pytest.mark.parametrize("when", ["copying", "ready"])
+def test_the_destination_is_killed(when, patient_source, monkeypatch):
+    """SIGKILL, amid the rounds or when it waits for COMMIT alone: the guest goes on where it was, and moves with the next attempt."""
+    a, b = socket.socketpair()
+    receive = Incoming(b, prepare=lambda machine: machine.add_device(Turnstile(PASSES), port=0x50)).take
+    with Forked(receive, a) as child, half_way() as machine, monkeypatch.context() as patch:
+        b.close()
+        if when == "ready":
+            at_once = Stream.send_at_once
+            patch.setattr(Stream, "send_at_once", lambda stream, kind: (child.kill(), at_once(stream, kind))[1])
+        migration = Migration(machine, a, "there", on_progress=lambda p: child.kill() if when == p.phase == "copying" else None)
+        with pytest.raises(MigrationError, match="went away when it was ready" if when == "ready" else "connection"):
+            migration.run()
+        assert machine.handed_to is None and goes_on(machine)
+        patch.undo()
+        a, b = socket.socketpair()
+        there = Receiving(b)
+        move(machine, a)
+        result = there.wait().running.end()
+        assert (result.console, result.exit_code) == (CONSOLE, exit_code())
+        there.close()
+
+
+def test_the_source_is_killed(patient_source):
+    """SIGKILL amid the rounds: nothing of the guest starts at the destination."""
+
+    def source():
+        with half_way() as machine:
+            Migration(machine, a, "there", on_progress=lambda p: threading.Event().wait() if p.phase == "copying" else None).run()
+
+    a, b = socket.socketpair()
+    with Forked(source, b) as child:
+        a.close()
+        there = Receiving(b)
+        until(lambda: there.incoming.machine is not None)
+        child.kill()
+    assert there.wait().machine is None
+    assert "connection" in str(there.error)
 
 
 @pytest.mark.slow
