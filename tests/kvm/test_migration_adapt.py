@@ -22,7 +22,7 @@ from tests.kvm.moving import CONSOLE, PASSES, Receiving, Running, Turnstile, exi
 pytestmark = pytest.mark.usefixtures("patient_source")
 
 MODEL = "sandybridge"  # the model of the guest's CPU
-# What the destination lacks: behind CR4.PGE, CR4.DE and CR4.PCIDE, which the guest has off, and behind nothing, but a matter of speed or of faults.
+# What the destination lacks: behind CR4.PGE, CR4.DE and CR4.PCIDE, which the guest has off, or a matter of speed or of faults.
 UNUSED = ("pge", "de", "pcid", "ss", "arat")
 
 
