@@ -7,7 +7,7 @@ its own; ``Bus.read`` and friends serve the rest: REP counts, wide or straddling
 
 from __future__ import annotations
 
-from _bisect import bisect_right, insort_right  # less to import at each start than bisect is
+from _bisect import bisect_right  # less to import at each start than bisect is
 
 from pykvm.errors import ConfigError, DeviceOverlapError
 
@@ -69,21 +69,21 @@ Native.IGNORE = Native("constant", (1 << 64) - 1)
 
 
 class Range:
-    """``length`` ports or bytes from ``base`` that belong to ``device``; ``read`` and ``write`` are its bound methods.
+    """``length`` ports or bytes from ``base`` to below ``end`` that belong to ``device``; ``read`` and ``write`` are its bound methods.
 
     ``undo``: what whoever registered it has to do when it goes.
     """
 
-    __slots__ = ("base", "device", "length", "name", "native", "read", "undo", "write")
+    __slots__ = ("base", "device", "end", "length", "name", "native", "read", "undo", "write")
 
-    def __init__(self, base: int, length: int, device: Device, name: str, native: Native | None) -> None:
-        self.base, self.length, self.device, self.name, self.native = base, length, device, name, native
+    def __init__(self, base: int, length: int, device: Device, name: str | None, native: Native | None) -> None:
+        self.base, self.length, self.end, self.device, self.native = base, length, base + length, device, native
+        self.name: str = name or getattr(device, "name", None) or type(device).__name__
         self.undo: list[Callable[[], object]] = []
         self.read: Callable[[int, int], int] = getattr(device, "read", _all_ones)
         self.write: Callable[[int, int, int], object] = getattr(device, "write", _ignore)
-
-    def __lt__(self, other: Range) -> bool:
-        return self.base < other.base
+        if self.read is _all_ones and self.write is _ignore:
+            raise ConfigError(f"{device!r} is no device: it has neither read(offset, size) nor write(offset, size, value)")
 
     def __repr__(self) -> str:
         return f"<{self.name} at {self.base:#x}-{self.base + self.length - 1:#x}>"
@@ -116,34 +116,37 @@ class Space:
         self.name, self.limit = name, limit
         self.version = 0
         self._ranges: list[Range] = []
+        self._bases: list[int] = []  # theirs
         self._changed = changed
 
     def add(self, base: int, length: int, device: Device, *, name: str | None = None, native: Native | None = None) -> Range:
         """Claim [base, base + length) for ``device``. Raises DeviceOverlapError, ConfigError (outside the space, no methods)."""
         if length <= 0 or base < 0 or base + length > self.limit:
             raise ConfigError(f"{self.name} {base:#x}, length {length:#x}, is not inside 0-{self.limit - 1:#x}")
-        if not hasattr(device, "read") and not hasattr(device, "write"):
-            raise ConfigError(f"{device!r} is no device: it has neither read(offset, size) nor write(offset, size, value)")
-        label = name or getattr(device, "name", None) or type(device).__name__
-        new = Range(base, length, device, label, native)
-        for other in self._ranges:
-            if base < other.base + other.length and other.base < base + length:
+        new = Range(base, length, device, name, native)
+        ranges, at = self._ranges, bisect_right(self._bases, base)
+        for other in ranges[at - 1 if at else 0 : at + 1]:
+            if base < other.end and other.base < new.end:
                 raise DeviceOverlapError(f"{self.name}: {new!r} overlaps {other!r}: give one of the two another base")
-        insort_right(self._ranges, new)
+        ranges.insert(at, new)
+        self._bases.insert(at, base)
         self.version += 1
         try:
             self._changed()
         except BaseException:
-            self._ranges.remove(new)
-            self.version += 1
+            self._take_out(new)
             raise
         return new
 
     def remove(self, claimed: Range) -> None:
         """Give a range up."""
-        self._ranges.remove(claimed)
-        self.version += 1
+        self._take_out(claimed)
         self._changed()
+
+    def _take_out(self, claimed: Range) -> None:
+        at = self._ranges.index(claimed)
+        del self._ranges[at], self._bases[at]
+        self.version += 1
 
     @property
     def ranges(self) -> tuple[Range, ...]:
@@ -152,7 +155,7 @@ class Space:
 
     def find(self, at: int, size: int) -> Range | None:
         """The range that holds all of [at, at + size); an access that leaves its range belongs to nobody."""
-        i = bisect_right(self._ranges, at, key=lambda r: r.base) - 1
+        i = bisect_right(self._bases, at) - 1
         if i < 0:
             return None
         claimed = self._ranges[i]

@@ -21,11 +21,24 @@ if TYPE_CHECKING:
     from pykvm.debug.translate import Translation
     from pykvm.vm import VM
 
-__all__ = ["FOREVER", "VCPU"]
+__all__ = ["FOREVER", "VCPU", "MsrTable"]
 
 FOREVER = 1e9  # seconds, 31 years: longer time limits are cut to this, so that their nanoseconds have room
 
 _ERROR = lib.PYKVM_ERROR
+
+
+class MsrTable:
+    """``rows`` of (MSR, value), and the ``struct kvm_msrs`` that has them: for VCPU.set_msrs(), again and again."""
+
+    __slots__ = ("cdata", "rows")
+
+    def __init__(self, rows: Iterable[tuple[int, int]]) -> None:
+        self.rows = list(rows)
+        self.cdata = flexible("struct kvm_msrs", "entries", len(self.rows))
+        self.cdata.nmsrs = len(self.rows)
+        words = ffi.new("uint64_t[]", [word for row in self.rows for word in row])  # as struct kvm_msr_entry has them
+        ffi.memmove(self.cdata.entries, words, ffi.sizeof(words))
 
 
 class VCPU(Closes):
@@ -242,17 +255,15 @@ class VCPU(Closes):
             del wanted[: done + 1]  # the first that was not read stopped it
         return got
 
-    def set_msrs(self, values: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
+    def set_msrs(self, values: Iterable[tuple[int, int]] | MsrTable) -> list[tuple[int, int]]:
         """KVM_SET_MSRS (api.rst 4.19) for many, in this order; returns those that KVM did not take."""
-        rows, refused = list(values), []
-        msrs = flexible("struct kvm_msrs", "entries", len(rows))
-        while rows:
-            msrs.nmsrs = len(rows)
-            words = ffi.new("uint64_t[]", [word for row in rows for word in row])  # as struct kvm_msr_entry has them
-            ffi.memmove(msrs.entries, words, ffi.sizeof(words))
-            done = ioctl(self.fd, "KVM_SET_MSRS", msrs, f"{len(rows)} MSRs")
-            refused += rows[done : done + 1]
-            del rows[: done + 1]
+        table, refused = values if isinstance(values, MsrTable) else MsrTable(values), []
+        while table.rows:
+            done = ioctl(self.fd, "KVM_SET_MSRS", table.cdata, f"{len(table.rows)} MSRs")
+            refused += table.rows[done : done + 1]
+            if done >= len(table.rows):
+                break
+            table = MsrTable(table.rows[done + 1 :])
         return refused
 
     def get_tsc_khz(self) -> int:

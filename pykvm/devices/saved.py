@@ -33,6 +33,9 @@ class Saved:
 
     def number(self, field: str, most: int, least: int = 0) -> int:
         """An integer from ``least`` to ``most``."""
+        value = self._state.get(field)
+        if type(value) is int and least <= value <= most:
+            return value
         return self._check(self._field(field), field, most, least)
 
     def _check(self, value: Any, field: str, most: int, least: int) -> int:

@@ -19,11 +19,12 @@ from pykvm.state.plain import Bool, Fields, Hex, Int, List, Optional, Text
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-    from typing import Any
+    from collections.abc import Callable, Iterator
+    from typing import Any, TypeVar
 
     from pykvm.state.plain import Shape
-    from pykvm.state.vcpustructs import VcpuStructs
+
+    T = TypeVar("T")
 
 __all__ = ["RUNNING", "VERSION", "Difference", "MachineState"]
 
@@ -57,7 +58,7 @@ class MachineState:
     """A machine's state; its sections are attributes. Made by Machine.save() and from_json(), and not to be changed."""
 
     SECTIONS = ("machine", "host", "slots", "vcpus", "vm", "devices", "services", "runners", "console", "debug_port")
-    __slots__ = (*SECTIONS, "_structs")
+    __slots__ = (*SECTIONS, "_made")
 
     machine: dict[str, Any]
     host: dict[str, Any]
@@ -69,12 +70,12 @@ class MachineState:
     runners: list[dict[str, Any]]
     console: dict[str, Any]
     debug_port: dict[str, Any]
-    _structs: list[VcpuStructs]
+    _made: dict[str, Any]
 
     def __init__(self, **sections: Any) -> None:
         for name in self.SECTIONS:
             object.__setattr__(self, name, sections[name])
-        object.__setattr__(self, "_structs", None)
+        object.__setattr__(self, "_made", {})
 
     def __setattr__(self, name: str, value: object) -> None:
         raise AttributeError("a MachineState is not changed; make another one with replace()")
@@ -83,12 +84,12 @@ class MachineState:
         """The same with other sections."""
         return MachineState(**{name: sections.get(name, getattr(self, name)) for name in self.SECTIONS})
 
-    def structs(self, sregs2: bool) -> list[VcpuStructs]:
-        """The vCPUs as the host takes them that saved them; made once, and not to be changed either."""
-        if self._structs is None:
-            layout = self.host["xsave"]
-            object.__setattr__(self, "_structs", [vcpustate.structs_of(vcpu, layout, layout, sregs2) for vcpu in self.vcpus])
-        return self._structs
+    def once(self, what: str, make: Callable[[MachineState], T]) -> T:
+        """What ``make`` makes of this state, kept under a name: good for whoever restores the same state again."""
+        made: dict[str, Any] = self._made
+        if what not in made:
+            made[what] = make(self)
+        return made[what]  # type: ignore[no-any-return]
 
     # --- JSON --------------------------------------------------------------------------------------------------------
 

@@ -83,7 +83,7 @@ def restored_machine(
     if memory is None:
         raise ConfigError("a state without memory: give memory=, its slots with the guest's bytes, or a snapshot's directory")
     try:
-        return made(kind, config_of(source), StateOrigin(source, memory, adapt, accept_tsc), options)
+        return made(kind, source.once("config", config_of), StateOrigin(source, memory, adapt, accept_tsc), options)
     except BaseException:
         memory.close()
         raise
@@ -133,7 +133,7 @@ class StateOrigin:
         layout, boot, system = self.state.host["xsave"], self.state.host["boot"], machine.system
         sregs2 = bool(system.check_extension("KVM_CAP_SREGS2"))
         if boot and boot == boot_id():  # the very host that saved it: there is nothing to compare
-            return self.state.structs(sregs2)
+            return self.state.once("vcpus", lambda state: [vcpustate.structs_of(vcpu, layout, layout, sregs2) for vcpu in state.vcpus])
         self._compare(machine)
         here = vcpustate.xsave_layout(system.get_supported_cpuid())
         return [vcpustate.structs_of(vcpu, layout, here, sregs2) for vcpu in self.state.vcpus]
@@ -176,7 +176,7 @@ class StateOrigin:
             self.notes += put(vm, vcpu, structs)
         vmstate.write(vm, state.vm)
         machine.clock = state.vm["clock"]
-        waiting = {(row["space"], row["base"]): row for row in state.devices}
+        waiting = dict(state.once("devices", lambda state: {(row["space"], row["base"]): row for row in state.devices}))
         for space, base, name, device in device_places(machine):
             row = waiting.pop((space, base), None)
             if row is not None and row["state"] is not None and hasattr(device, "load"):

@@ -96,12 +96,12 @@ def settle(machine: Machine) -> None:
 
 def device_places(machine: Machine) -> list[tuple[str, int, str, Any]]:
     """(space, base, name, device) of each device; one that is in several places only at its first."""
-    seen: list[Any] = []
+    seen: set[int] = set()
     places: list[tuple[str, int, str, Any]] = []
     for space in (machine.bus.pio, machine.bus.mmio):
         for claimed in space.ranges:
-            if not any(claimed.device is other for other in seen):
-                seen.append(claimed.device)
+            if id(claimed.device) not in seen:
+                seen.add(id(claimed.device))
                 places.append((space.name, claimed.base, claimed.name, claimed.device))
     return places
 

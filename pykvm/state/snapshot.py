@@ -16,7 +16,6 @@ machine restored from it lives, a memory file must not be written to; deleting o
 from __future__ import annotations
 
 import os
-from functools import lru_cache
 
 from pykvm.abi import ffi, lib
 from pykvm.errors import ConfigError, PykvmError, StateError
@@ -35,7 +34,8 @@ __all__ = ["FORMAT", "open_snapshot", "read_state", "write_snapshot"]
 FORMAT = 1
 STATE = "state.json"
 _SAVING = ".saving-"
-_REMEMBERED = 1 << 20  # bytes of a state.json that is kept for whoever restores it again
+# Who restores one snapshot again and again, for grading or fuzzing, has its text checked once: a MachineState is not changed.
+_last: tuple[str, bytes, MachineState, list[bytes]] | None = None
 
 
 # --- writing ---------------------------------------------------------------------------------------------------------
@@ -166,7 +166,11 @@ def read_state(directory: str | os.PathLike[str]) -> tuple[MachineState, list[by
             text = file.read(min(os.fstat(file.fileno()).st_size, LARGEST) + 1) or b""
     except OSError as error:
         raise StateError(os.fspath(directory), f"it is no snapshot: {STATE} cannot be read ({error.strerror})") from None
-    return (_parsed_before if len(text) <= _REMEMBERED else _parsed)(path, text)
+    global _last
+    last = _last
+    if last is None or last[0] != path or last[1] != text:
+        last = _last = (path, text, *_parsed(path, text))
+    return last[2], last[3]
 
 
 def _parsed(path: str, text: bytes) -> tuple[MachineState, list[bytes]]:
@@ -195,10 +199,6 @@ def _parsed(path: str, text: bytes) -> tuple[MachineState, list[bytes]]:
     ):
         raise StateError(path, "its checksums are not those of its memory slots")
     return state, sums
-
-
-# Who restores one snapshot again and again, for grading or fuzzing, has its text checked once: a MachineState is not changed.
-_parsed_before = lru_cache(1)(_parsed)
 
 
 def open_snapshot(directory: str | os.PathLike[str], *, verify: bool = True) -> tuple[MachineState, GuestMemory]:

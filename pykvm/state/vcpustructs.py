@@ -17,6 +17,7 @@ from functools import cache
 from pykvm.abi import Struct, ffi, lib
 from pykvm.errors import KvmError, StateError
 from pykvm.probe import tr_reads_busy
+from pykvm.vcpu import MsrTable
 from pykvm.x86.msr import MSRS, msr_name
 from pykvm.x86.regs import AVAILABLE_TSS, BUSY_TSS, EFER
 
@@ -43,7 +44,9 @@ class VcpuStructs:
     KVM_CAP_XCRS, ``lapic`` without an in-kernel one, ``nested`` for a guest that uses no VMX or SVM; ``xsave`` is in this host's layout;
     ``msrs`` values by index; ``tsc_khz`` 0 where KVM does not say."""
 
-    __slots__ = ("asked", "debugregs", "events", "lapic", "mp_state", "msrs", "nested", "regs", "sregs", "tsc_khz", "xcrs", "xsave")
+    __slots__ = (
+        "_msr_table", "asked", "debugregs", "events", "lapic", "mp_state", "msrs", "nested", "regs", "sregs", "tsc_khz", "xcrs", "xsave",
+    )  # fmt: skip
 
     def __init__(
         self,
@@ -63,6 +66,21 @@ class VcpuStructs:
     ) -> None:
         self.asked, self.tsc_khz, self.regs, self.sregs, self.xcrs, self.xsave = asked, tsc_khz, regs, sregs, xcrs, xsave
         self.debugregs, self.lapic, self.msrs, self.mp_state, self.events, self.nested = debugregs, lapic, msrs, mp_state, events, nested
+        self._msr_table: MsrTable | None = None
+
+    def msr_table(self) -> MsrTable:
+        """The MSRs as put() writes them: IA32_TSC first, IA32_TSC_DEADLINE last."""
+        if self._msr_table is None:
+            msrs = self.msrs
+            first = [(TSC, msrs[TSC])] if TSC in msrs else []
+            late = [(TSC_DEADLINE, msrs[TSC_DEADLINE])] if TSC_DEADLINE in msrs else []
+            self._msr_table = MsrTable([*first, *(row for row in msrs.items() if row[0] not in (TSC, TSC_DEADLINE)), *late])
+        return self._msr_table
+
+    def leave_out(self, needless: set[int]) -> None:
+        """These MSRs, which KVM does not take, have in a new vCPU the value that they should."""
+        self.msrs = {index: value for index, value in self.msrs.items() if index not in needless}
+        self._msr_table = None
 
 
 def capture(vm: VM, vcpu: VCPU) -> VcpuStructs:
@@ -153,7 +171,7 @@ def put(vm: VM, vcpu: VCPU, state: VcpuStructs) -> list[str]:
         vcpu.set_debugregs(state.debugregs)
         if state.lapic is not None:
             vcpu.set_lapic(state.lapic)
-        notes = _put_msrs(vcpu, state.msrs, where)
+        notes = _put_msrs(vcpu, state, where)
         if state.mp_state != lib.KVM_MP_STATE_RUNNABLE or state.lapic is not None:
             vcpu.set_mp_state(state.mp_state)
         vcpu.set_vcpu_events(state.events)
@@ -168,23 +186,22 @@ def tr_as_loaded(sregs: Any) -> None:
         sregs.tr.type = AVAILABLE_TSS
 
 
-def _put_msrs(vcpu: VCPU, msrs: dict[int, int], where: str) -> list[str]:
+def _put_msrs(vcpu: VCPU, state: VcpuStructs, where: str) -> list[str]:
     """In order. A refused one does not matter when it has that value already, is zero, or only says what the CPU is."""
-    rows = msrs.items()
-    first = [(TSC, msrs[TSC])] if TSC in msrs else []
-    late = [(TSC_DEADLINE, msrs[TSC_DEADLINE])] if TSC_DEADLINE in msrs else []
-    refused = vcpu.set_msrs([*first, *(row for row in rows if row[0] not in (TSC, TSC_DEADLINE)), *late])
+    refused = vcpu.set_msrs(state.msr_table())
     if not refused:
         return []
-    notes, capabilities = [], capability_msrs()
+    notes, needless, capabilities = [], set(), capability_msrs()
     have = vcpu.get_msrs(index for index, _ in refused)
     for index, value in refused:
         if have.get(index, 0) == value:
+            needless.add(index)
             continue
         if index not in capabilities:
             raise StateError(f"{where}.msrs", f"this host's KVM does not take {value:#x} for {msr_name(index)}")
         now = f"it is {have[index]:#x} here" if index in have else "it is not there on this host"
         notes.append(f"{where}: {msr_name(index)} was {value:#x}; {now}")
+    state.leave_out(needless)
     return notes
 
 
