@@ -200,7 +200,8 @@ class Stepper:
         if isinstance(exit, exits.Intr | exits.Eagain):
             if self.machine.pc.asleep:
                 self.machine.runner.settle()  # time passes, and what wakes it is heard
-            elif vcpu.get_mp_state() == lib.KVM_MP_STATE_HALTED and not vcpu.native.run.if_flag:
+                return None if self.machine.pc.asleep else self.stopped("step", cpu)
+            if vcpu.get_mp_state() == lib.KVM_MP_STATE_HALTED and not vcpu.native.run.if_flag:
                 return self.stopped("halted", cpu, Stop("halted"))
             return None
         if isinstance(exit, exits.IoOut) and exit.size != 1 and self._is_planted_out(cpu, exit):

@@ -315,7 +315,8 @@ def _enable_avx(vcpu: VCPU) -> None:
 class MultibootMode(Mode):
     """What multiboot promises: flat 32-bit segments, CR0.PE without PG, interrupts off; no tables in memory (specification 0.6.96, 3.2).
 
-    GDTR, IDTR and ESP are undefined by it; here they are empty, and ESP is 0.
+    GDTR, IDTR and ESP are undefined by it; here GDTR is empty and ESP 0. IDTR is what a PC's BIOS leaves, the real-mode vectors: an image
+    that goes back to real mode may take that for granted, as kvm-unit-tests' realmode does.
     """
 
     name = "multiboot"
@@ -324,7 +325,8 @@ class MultibootMode(Mode):
     def _fill(self, memory: GuestMemory, sregs: Struct, regs: Struct, entry: int) -> None:
         if entry >> 32:
             raise ConfigError(f"protected mode reaches 4 GiB, and the entry is {entry:#x}")
-        sregs.gdt.base = sregs.gdt.limit = sregs.idt.base = sregs.idt.limit = 0
+        sregs.gdt.base = sregs.gdt.limit = sregs.idt.base = 0
+        sregs.idt.limit = 0x3FF
         sregs.cr0, sregs.cr4 = CR0.PE | CR0.ET, 0
         _segment(sregs.cs, CODE32, 0xB)
         for name in ("ss", "ds", "es", "fs", "gs"):
@@ -339,6 +341,7 @@ class PvhMode(MultibootMode):
 
     def _fill(self, memory: GuestMemory, sregs: Struct, regs: Struct, entry: int) -> None:
         super()._fill(memory, sregs, regs, entry)
+        sregs.idt.limit = 0
         tr = sregs.tr
         tr.selector, tr.base, tr.limit, tr.type = 0, 0, 0x67, 0xB
         tr.present, tr.s, tr.dpl, tr.l, tr.db, tr.g, tr.unusable = 1, 0, 0, 0, 0, 0, 0
