@@ -99,9 +99,9 @@ class Struct:
         return value if type(value) is int else _wrapped(value, self._owner)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if isinstance(value, Array):
-            value = list(value.cdata)
-        setattr(self.cdata, name, value if type(value) is int else value._pointer()[0] if isinstance(value, Struct) else value)
+        if type(value) is not int:
+            value = list(value.cdata) if isinstance(value, Array) else value._pointer()[0] if isinstance(value, Struct) else value
+        setattr(self.cdata, name, value)
 
     def _pointer(self) -> Any:
         return self.cdata if ffi.typeof(self.cdata).kind == "pointer" else ffi.addressof(self.cdata)

@@ -146,12 +146,15 @@ class GuestMemory(Closes):
             raise MemSlotError(f"gpa {gpa:#x} and size {size:#x} must be multiples of the page size ({PAGE_SIZE})")
         if gpa + size > GPA_LIMIT:
             raise MemSlotError(f"gpa {gpa:#x} + {format_size(size)} is beyond 52 bits, the most a guest physical address has")
+        taken = set()
         for other in self._slots:
+            taken.add(other.id)
             if gpa < other.gpa + other.size and other.gpa < gpa + size:
                 raise MemSlotError(f"gpa {gpa:#x}-{gpa + size - 1:#x} overlaps {other!r}: move one of the two, or make it smaller")
         mapping, fd = _map(size, backing, shared, readonly, offset)
-        numbers = {other.id for other in self._slots}
-        number = next(n for n in range(len(numbers) + 1) if n not in numbers)
+        number = 0
+        while number in taken:
+            number += 1
         slot = MemSlot(number, gpa, size, os.fspath(backing), readonly, mapping, fd)
         at = bisect_right(self._starts, gpa)
         self._slots.insert(at, slot)
@@ -491,7 +494,7 @@ _host_memory = 0  # asked once: two system calls for each new slot would be seen
 
 
 def _check_host_has(size: int) -> None:
-    if size > host_memory():
+    if size > (_host_memory or host_memory()):
         raise ConfigError(f"{format_size(size)} of guest memory is more than this host has ({host_memory() >> 20}M): use less")
 
 

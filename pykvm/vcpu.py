@@ -332,9 +332,10 @@ class VCPU(Closes):
         ``timeout`` in seconds; when it passes, ``Intr(timed_out=True)`` comes back, and so it does after kick() or a signal.
         EAGAIN gives ``Eagain()``. EFAULT gives ``MemoryFault`` where the kernel says what was missing, else KvmError.
         """
-        native = self.native
-        first, interval = _nanoseconds(timeout, 0.01)
-        self._begun(lib.pykvm_run_once(native, first, interval))  # answers were stored by Exit.reply()
+        first, interval = (0, 0) if timeout is None else _nanoseconds(timeout, 0.01)
+        error = lib.pykvm_run_once(self.native, first, interval)  # answers were stored by Exit.reply()
+        if error:
+            self._begun(error)
         return self._came_back()
 
     def steps(self, steps: Any, timeout: float | None = None) -> pykvm.exits.Exit | None:
@@ -411,7 +412,8 @@ class VCPU(Closes):
             os.close(fd)
 
     def __del__(self) -> None:
-        self._close(1)  # nobody can be running it: a run holds a reference
+        if self.fd >= 0:
+            self._close(1)  # nobody can be running it: a run holds a reference
 
     def __repr__(self) -> str:
         if self.fd < 0:

@@ -95,7 +95,9 @@ class VM(Closes):
                 raise CapabilityError("KVM_CAP_READONLY_MEM", f"the read-only {slot!r}")
             flags = lib.KVM_MEM_READONLY
         slots = self.handle.slots
-        number = next(n for n in range(len(slots) + 1) if n not in slots)
+        number = 0
+        while number in slots:
+            number += 1
         self.set_user_memory_region(number, flags, slot.gpa, slot.size, slot.hva)
         slots[number] = slot
         slot.retain()
