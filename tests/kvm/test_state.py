@@ -33,7 +33,8 @@ def check_guest(name, point):
     if exits < 2:
         pytest.skip("it has no exit before its last")
     with start(name) as machine:
-        if not stop_at(machine, 1 + int(point * (exits - 2))):
+        fewer = min(5, exits - 2) if name in TIMED else 0  # another run may print a time of fewer digits, each of which is an exit
+        if not stop_at(machine, 1 + int(point * (exits - 2 - fewer))):
             return  # with several vCPUs, the number of exits is not the same in each run
         state = machine.save()
         with Machine.restore(MachineState.from_json(state.to_json()), copy(machine.memory)) as restored:
