@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 __all__ = ["fall_asleep", "wake_up"]
 
 SHUTDOWN_STATUS, RESUME = 0x0F, 0xFE  # in CMOS
-_GO_ON = (TSC, 0x3B)  # IA32_TSC and IA32_TSC_ADJUST are not reset: no guest is promised more of S3 than that they may be
+_KEPT = (TSC, 0x3B, 0x1A0)  # IA32_TSC, IA32_TSC_ADJUST: S3 promises no guest that they are reset; IA32_MISC_ENABLE: a BIOS sets it again
 
 
 def fall_asleep(machine: Machine) -> None:
@@ -44,7 +44,7 @@ def fall_asleep(machine: Machine) -> None:
             if nested_of(machine.system, vcpu) is not None:  # CR4.VMXE cannot be cleared before
                 vcpu.set_nested_state(new.get_nested_state(machine.system.check_extension("KVM_CAP_NESTED_STATE")))
             state = capture(fresh, new)
-            for msr in _GO_ON:
+            for msr in _KEPT:
                 state.msrs.pop(msr, None)
             put(machine.vm, vcpu, state)
         vmstate.write(machine.vm, vmstate.read(fresh, None))

@@ -148,6 +148,12 @@ def test_cpus_agree_everywhere():
         assert machine.pc.fw_cfg.items[machine.pc.fw_cfg.files["etc/e820"]] == e820(memory_map(machine.memory))
 
 
+def test_strings_are_said_to_be_fast(system):
+    """IA32_MISC_ENABLE bit 0 on every vCPU."""
+    with Machine("pm_timer", cpus=2, system=system) as machine:
+        assert [vcpu.get_msr(0x1A0) & 1 for vcpu in machine.vcpus] == [1, 1]
+
+
 def test_a_file_of_ones_own_in_fw_cfg():
     with Machine("fw_cfg") as machine:
         machine.pc.fw_cfg.add_file("opt/org.example/text", b"hello")
