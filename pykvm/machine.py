@@ -16,7 +16,7 @@ from pykvm.console import Console
 from pykvm.errors import ConfigError, GuestCrash
 from pykvm.lifetime import Closes
 from pykvm.memory import GuestMemory
-from pykvm.pc import Pc
+from pykvm.pc import Board, Pc
 from pykvm.platform import EXCEPTION_REPORT, HYPERCALL_GPA, HYPERCALL_PORT, IOAPIC_GPA
 from pykvm.result import Result
 from pykvm.runner import WATCHFUL, Runner, Stop
@@ -282,7 +282,7 @@ class Machine(Saveable, Closes):
             from pykvm.pctest import PcTest
 
             platform = PcTest
-        self.pc = platform(self.bus, self.memory, self.console, self.stop, irq, poll_input, self.cpus)
+        self.pc = platform(Board(self.bus, self.memory, self.console, self.stop, irq, poll_input, self.cpus))
         self.uart, self.post, self.rtc, self.debug_port = self.pc.uart, self.pc.post, self.pc.rtc, self.pc.debug_port
         if self.info.mode == "user":
             from pykvm.devices.exceptionreport import ExceptionReport

@@ -38,14 +38,14 @@ if TYPE_CHECKING:
     from pykvm.memory import GuestMemory
     from pykvm.vm import VM
 
-__all__ = ["Pc"]
+__all__ = ["Board", "Pc"]
 
 
-class Pc:
-    """Puts the devices on ``bus``; ``uart``, ``post`` and ``rtc`` are attributes, and ``debug_port``, what firmware has logged.
+class Board:
+    """What devices are wired to. ``stop(reason, code)`` ends the run; ``irq(gsi)`` gives an interrupt line, None without an irqchip;
+    ``poll`` asks for console input."""
 
-    ``stop(reason, code)`` ends the run; ``irq(gsi)`` gives an interrupt line, None without an irqchip; ``poll`` asks for console input.
-    """
+    __slots__ = ("bus", "console", "cpus", "irq", "memory", "poll", "stop")
 
     def __init__(
         self,
@@ -57,34 +57,34 @@ class Pc:
         poll: Callable[[], bytes] | None,
         cpus: int,
     ) -> None:
+        self.bus, self.memory, self.console, self.stop, self.irq, self.poll, self.cpus = bus, memory, console, stop, irq, poll, cpus
+
+
+class Pc:
+    """Puts the devices on the bus; ``uart``, ``post`` and ``rtc`` are attributes, and ``debug_port``, what firmware has logged."""
+
+    def __init__(self, board: Board) -> None:
+        bus, irq, stop = board.bus, board.irq, board.stop
         pio = bus.pio
         self.debug_port = Console()
         self.tables: list[tuple[int, int]] = []  # where prepare() has put tables, as (start, end)
-        self.uart = Uart16550(console.extend, None if irq is None else irq(COM1_GSI).set, poll=poll)
+        self.uart = Uart16550(board.console.extend, None if irq is None else irq(COM1_GSI).set, poll=board.poll)
         self.post = PostPort()
-        self.rtc = Rtc(memory=memory.ram_size, irq=None if irq is None else irq(RTC_GSI).set, cpus=cpus)
+        self.rtc = Rtc(memory=board.memory.ram_size, irq=None if irq is None else irq(RTC_GSI).set, cpus=board.cpus)
         pio.add(COM1, 8, self.uart)
         pio.add(DEBUG_EXIT, 4, DebugExit(stop))
         pio.add(POST, 1, self.post)
         pio.add(RTC_INDEX, 2, self.rtc)
         pio.add(KBD_DATA, 5, KeyboardController(stop))
         bus.mmio.add(SCRATCH_GPA, PAGE_SIZE, Scratch(PAGE_SIZE))
-        self._add_own(bus, memory, DebugConsole(console), ResetControl(stop), stop, irq, cpus)
+        self._add_own(board, DebugConsole(board.console), ResetControl(stop))
 
-    def _add_own(
-        self,
-        bus: Bus,
-        memory: GuestMemory,
-        console: DebugConsole,
-        reset: ResetControl,
-        stop: Callable[..., object],
-        irq: Callable[[int], IrqLine] | None,
-        cpus: int,
-    ) -> None:
+    def _add_own(self, board: Board, console: DebugConsole, reset: ResetControl) -> None:
         """What platforms do not have in common."""
-        bus.pio.add(DEBUG_CONSOLE, 1, console, native=Native.append(console.sink))
-        bus.pio.add(RESET_CONTROL, 1, reset)
-        bus.pio.add(SCRATCH_PORT, 8, Scratch(8))
+        pio = board.bus.pio
+        pio.add(DEBUG_CONSOLE, 1, console, native=Native.append(console.sink))
+        pio.add(RESET_CONTROL, 1, reset)
+        pio.add(SCRATCH_PORT, 8, Scratch(8))
 
     def prepare(self, memory: GuestMemory, vm: VM, *, firmware: bool) -> int:
         """What a guest finds in memory at its start, beside the image: nothing on this platform. Returns the gpa of the RSDP, or 0."""

@@ -53,11 +53,8 @@ from pykvm.tables.vectors import place_vectors
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    from pykvm.bus import Bus
-    from pykvm.irq import IrqLine
     from pykvm.memory import GuestMemory
+    from pykvm.pc import Board
     from pykvm.vm import VM
 
 __all__ = ["PcTest", "gsi_routes"]
@@ -74,16 +71,8 @@ def gsi_routes() -> list[Route]:
 class PcTest(Pc):
     """``debug_port`` is a Console; ``fw_cfg`` and ``acpi`` are the devices of these names."""
 
-    def _add_own(
-        self,
-        bus: Bus,
-        memory: GuestMemory,
-        console: DebugConsole,
-        reset: ResetControl,
-        stop: Callable[..., object],
-        irq: Callable[[int], IrqLine] | None,
-        cpus: int,
-    ) -> None:
+    def _add_own(self, board: Board, console: DebugConsole, reset: ResetControl) -> None:
+        bus, memory, stop, irq, cpus = board.bus, board.memory, board.stop, board.irq, board.cpus
         assert irq is not None  # config.py has seen to it
         self.cpus = cpus
         lines = [irq(gsi) for gsi in range(LINES)]
