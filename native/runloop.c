@@ -472,11 +472,12 @@ void pykvm_forget(struct pykvm_vcpu *v)
 	v->again.reason = 0;
 }
 
-/* Run until Python must see something: a slot, or 0 with the whole story in last. */
+/* Run until Python must see something: a slot, and its devices' lock with it, or 0 with the whole story in last. */
 static inline uint32_t run_on(struct pykvm_vcpu *v)
 {
 	const struct pykvm_hot *h;
 
+	pykvm_leave_devices(v);
 	if (v->stashed) {
 		v->stashed = 0;
 		v->last = v->stash;
@@ -496,7 +497,14 @@ static inline uint32_t run_on(struct pykvm_vcpu *v)
 		}
 	}
 	h = place(v, (uint32_t)v->last);
-	return h->key == (uint32_t)v->last ? h->slot : 0;
+	if (h->key != (uint32_t)v->last)
+		return 0;
+	if (v->devices) {
+		if (!pykvm_try_lock(v->devices, v->thread))
+			return 0;
+		v->held = v->devices;
+	}
+	return h->slot;
 }
 
 /* Answer the last exit, if it is one that waits for a reply. */

@@ -12,6 +12,8 @@
 #include <time.h>
 #include <linux/kvm.h>
 
+#include "lock.h"
+
 /* What an exit is, in one word (pykvm_vcpu.last). Bits 0-3: one of these. For the four accesses: bits 4-5 log2 of the size,
  * bits 6-15 the index of the range, bits 16-31 the offset in it; what a write writes is in pykvm_vcpu.value. For LOOK the exit
  * reason, for ERROR the errno, are in bits 32-63. */
@@ -187,6 +189,9 @@ struct pykvm_vcpu {
 	struct kvm_coalesced_mmio_ring *coalesced;	/* NULL until a device asks for it; KVM fills it, Python empties it */
 	uint32_t reply_size;		/* bytes the next reply has, 0: none is due */
 	uint8_t *reply_at;
+	struct pykvm_lock *devices;	/* their lock, where other vCPUs share them; else NULL */
+	struct pykvm_lock *held;	/* the same, from an access for Python until that is answered */
+	uint64_t thread;		/* the serial number of the session's thread */
 	uint32_t native;		/* may the table's actions be carried out here? */
 	uint32_t kicked;		/* PYKVM_KICKED bits since the last EINTR */
 	uint32_t ticked;		/* the session's timer fired since the last EINTR */
@@ -208,10 +213,19 @@ struct pykvm_vcpu {
 /* The vCPU of this thread's session; session.c keeps it, each step reads it. */
 extern __thread struct pykvm_vcpu *volatile pykvm_current __attribute__((tls_model("initial-exec"), visibility("hidden")));
 
+static inline void pykvm_leave_devices(struct pykvm_vcpu *v)
+{
+	if (v->held) {
+		pykvm_back_to(v->held, v->held->depth - 1);
+		v->held = NULL;
+	}
+}
+
 int pykvm_ioctl(int fd, unsigned long request, void *argument);
 int pykvm_ioctl_value(int fd, unsigned long request, unsigned long argument);
 int pykvm_map_run(struct pykvm_vcpu *v, int fd, uint64_t size);
 int pykvm_unmap_run(struct pykvm_vcpu *v, int force);
+uint64_t pykvm_this_thread(void);
 int pykvm_begin(struct pykvm_vcpu *v, uint64_t first_ns, uint64_t interval_ns);
 void pykvm_end(struct pykvm_vcpu *v);
 int pykvm_run_once(struct pykvm_vcpu *v, uint64_t first_ns, uint64_t interval_ns);

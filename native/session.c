@@ -24,7 +24,7 @@
 __thread struct pykvm_vcpu *volatile pykvm_current __attribute__((tls_model("initial-exec")));
 struct pykvm_turn pykvm_turn;
 static __thread int32_t thread_id __attribute__((tls_model("initial-exec")));
-static __thread uint64_t thread_serial __attribute__((tls_model("initial-exec")));	/* unlike a thread's id, never used again */
+static __thread uint64_t thread_serial __attribute__((tls_model("initial-exec")));	/* unlike a thread's id, never used again; 0: none yet */
 
 static uint64_t serials;
 static int32_t process_id;
@@ -189,6 +189,8 @@ static int bind(struct pykvm_vcpu *v)
 		v->outer = pykvm_current;
 		pykvm_current = v;
 		v->process = process_id;
+		v->thread = thread_serial;
+		v->held = NULL;
 		__atomic_store_n(&v->tid, thread_id, __ATOMIC_SEQ_CST);
 	}
 	pthread_mutex_unlock(&v->lock);
@@ -223,6 +225,16 @@ static int start_timer(struct pykvm_vcpu *v, uint64_t first_ns, uint64_t interva
 	return 0;
 }
 
+/* The serial number of this thread. */
+uint64_t pykvm_this_thread(void)
+{
+	if (!thread_id) {
+		thread_id = (int32_t)syscall(SYS_gettid);
+		thread_serial = __atomic_add_fetch(&serials, 1, __ATOMIC_SEQ_CST);
+	}
+	return thread_serial;
+}
+
 /* Bind the vCPU to this thread. first_ns: when the timer fires first, 0 for no timer; interval_ns: then how often. */
 int pykvm_begin(struct pykvm_vcpu *v, uint64_t first_ns, uint64_t interval_ns)
 {
@@ -230,10 +242,7 @@ int pykvm_begin(struct pykvm_vcpu *v, uint64_t first_ns, uint64_t interval_ns)
 
 	if (!is_ours(kick_signal) && (r = choose_signal()) < 0)
 		return r;
-	if (!thread_id) {
-		thread_id = (int32_t)syscall(SYS_gettid);
-		thread_serial = __atomic_add_fetch(&serials, 1, __ATOMIC_SEQ_CST);
-	}
+	pykvm_this_thread();
 	v->sessions++;
 	r = bind(v);
 	if (r == 0 && first_ns) {
@@ -253,6 +262,7 @@ void pykvm_end(struct pykvm_vcpu *v)
 	if (!is_bound_here(v))
 		return;
 	pykvm_current = v->outer;
+	pykvm_leave_devices(v);
 	pykvm_give_turn(v->tid);
 	if (v->armed) {
 		timer_settime(v->timer, 0, &never, NULL);

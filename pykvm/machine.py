@@ -21,7 +21,7 @@ from pykvm.platform import EXCEPTION_REPORT, HYPERCALL_GPA, HYPERCALL_PORT, IOAP
 from pykvm.result import Result
 from pykvm.runner import WATCHFUL, Runner, Stop
 from pykvm.saveable import Saveable
-from pykvm.smp import VcpuGroup
+from pykvm.smp import DeviceLock, VcpuGroup
 from pykvm.start import ImageOrigin
 from pykvm.system import System
 from pykvm.units import PAGE_SIZE
@@ -227,7 +227,7 @@ class Machine(Saveable, Closes):
             from pykvm.ledger import Ledger
 
             self._ledger = Ledger.of_machine(self, ledger)
-        lock = RLock() if self.cpus > 1 else None
+        lock = DeviceLock() if self.cpus > 1 else None
         self.runners = [Runner(vcpu, self.bus, loop, self._new_ring(vcpu.id), lock) for vcpu in self.vcpus]
         self.runner = self.runners[0]
         in_kernel = self.vm.irqchip != "none"
@@ -256,8 +256,7 @@ class Machine(Saveable, Closes):
 
     def _tick(self) -> None:
         """Between two entries of vCPU 0, now and then: time passes for devices, and input comes in."""
-        with self.runner.lock:
-            self.pc.tick()
+        self.runner.holding(self.pc.tick)
         if self.on_heartbeat is not None:
             self.on_heartbeat()
 

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from pykvm.exits import Exit
     from pykvm.msrs import MsrHandlers
     from pykvm.records import RecordRing
-    from pykvm.smp import Gate
+    from pykvm.smp import DeviceLock, Gate
     from pykvm.vcpu import VCPU
 
 __all__ = ["HEARTBEAT", "LOOPS", "Runner", "Stop"]
@@ -64,14 +64,6 @@ def _no_session(offset: int, size: int, value: int) -> None:
     raise KvmError("KVM_RUN", EIO, "this process was forked by the one that runs the vCPU, and cannot go on with it")
 
 
-def _guarded(method: Any, lock: Any) -> Any:
-    def guarded(*arguments: int) -> Any:
-        with lock:
-            return method(*arguments)
-
-    return guarded
-
-
 def _bad_reply(offset: int, size: int, value: int) -> None:
     raise TypeError("a device answered a read with more bits than the guest has read")
 
@@ -88,11 +80,11 @@ class Runner:
     heartbeat: True ends the run as halted.
     """
 
-    def __init__(self, vcpu: VCPU, bus: Bus, loop: str = "native", ring: RecordRing | None = None, lock: Any = None) -> None:
+    def __init__(self, vcpu: VCPU, bus: Bus, loop: str = "native", ring: RecordRing | None = None, lock: DeviceLock | None = None) -> None:
         if loop not in LOOPS:
             raise ConfigError(f"unknown loop {loop!r}: use one of {', '.join(LOOPS)}")
         self.vcpu, self.bus, self.loop, self.ring = vcpu, bus, loop, ring
-        self.shared, self.lock = lock is not None, lock or RLock()
+        self.lock = lock
         self.heartbeat = HEARTBEAT
         self.gate: Gate | None = None  # where a paused vCPU waits
         self.msrs: MsrHandlers | None = None
@@ -190,6 +182,10 @@ class Runner:
             if self._deadline is not None:
                 self._deadline += monotonic() - since
 
+    def holding(self, do: Callable[..., Any], *arguments: int) -> Any:
+        """What ``do(*arguments)`` gives, with the lock held, where vCPUs share the devices."""
+        return do(*arguments) if self.lock is None else self.lock.holding(do, *arguments)
+
     def stop(self, reason: str = "stopped", code: int | None = None) -> None:
         """End the run: from a device (what it answers still counts) or from another thread."""
         if self._stop is None:
@@ -241,9 +237,8 @@ class Runner:
     def serve(self) -> Stop | None:
         """Carry out the exit that ``vcpu.run()`` came back with, for who runs the vCPU without this loop; the Stop that it ends, if any."""
         if self.vcpu.native.coalesced:
-            self._take_coalesced()
-        with self.lock:
-            reply = self._unpacked()
+            self.holding(self._take_coalesced)
+        reply = self.holding(self._unpacked)
         exit = pykvm.exits.decode(self.vcpu.native)
         if isinstance(exit, pykvm.exits.MmioRead):
             exit.reply(reply)
@@ -317,8 +312,8 @@ class Runner:
             return 0
         if kind != lib.PYKVM_LOOK:
             return self._claimed(packed, kind)
-        with self.lock:
-            return self._unpacked()
+        reply: int = self.holding(self._unpacked)
+        return reply
 
     def _claimed(self, packed: int, kind: int) -> int:
         """An access without a slot yet: give it one while there are any, and carry it out."""
@@ -326,13 +321,11 @@ class Runner:
         size, offset = 1 << (packed >> 4 & 3), packed >> 16 & 0xFFFF
         is_write = kind in (lib.PYKVM_OUT, lib.PYKVM_MMIO_WRITE)
         method: Any = claimed.write if is_write else claimed.read
-        if self.shared:
-            method = _guarded(method, self.lock)
         self._give_slot(packed & 0xFFFFFFFF, (method, offset, size), is_write)
         if is_write:
-            method(offset, size, self._written[0])
+            self.holding(method, offset, size, self._written[0])
             return 0
-        answer: int = method(offset, size)
+        answer: int = self.holding(method, offset, size)
         return answer
 
     def _give_slot(self, name: int, handler: tuple[Any, int, int], is_write: bool) -> None:
@@ -431,7 +424,8 @@ class Runner:
                 self._fill(rows[index], index, claimed)
             table.pio, table.mmio = rows, rows + len(pio_ranges)
             native.ring = ffi.NULL if self.ring is None else self.ring.cdata
-            self._lent = self.vcpu.lent = (self._table, self.ring)
+            native.devices = ffi.NULL if self.lock is None else self.lock.cdata
+            self._lent = self.vcpu.lent = (self._table, self.ring, self.lock)
             native.table = table
             self._version = version
 
@@ -450,7 +444,7 @@ class Runner:
     def _fill(self, row: Any, index: int, claimed: Range) -> None:
         row.base, row.length, row.index = claimed.base, claimed.length, index
         native = claimed.native
-        if native is None or (native.kind == "append" and self.shared):
+        if native is None or (native.kind == "append" and self.lock is not None):
             row.action = lib.PYKVM_TO_PYTHON  # what several vCPUs write keeps its order only when it is passed on at once
         elif native.kind == "append":
             row.action = lib.PYKVM_APPEND
@@ -473,7 +467,7 @@ class Runner:
         """For DRAIN. With an exit in the stash it is about the sinks: the ring's newest record still waits for its answer."""
         self._drain_sinks()
         if self.vcpu.native.coalesced:
-            self._take_coalesced()
+            self.holding(self._take_coalesced)
         if self.ring is None or self.vcpu.native.stashed:
             return
         self._drain()
@@ -482,9 +476,8 @@ class Runner:
 
     def _take_coalesced(self) -> None:
         """Give the devices what the guest has written without an exit, before they hear of this one."""
-        with self.lock:
-            for space, at, size, value in self.vcpu.coalesced():
-                self.bus.write(space, at, size, value)
+        for space, at, size, value in self.vcpu.coalesced():
+            self.bus.write(space, at, size, value)
 
     def _drain(self) -> None:
         self._drain_sinks()

@@ -7,7 +7,6 @@ vCPU and several take turns, so that a machine which slows down slows both.
 from __future__ import annotations
 
 import os
-from _thread import RLock
 from time import monotonic
 
 from pykvm.assemble import asm
@@ -15,7 +14,7 @@ from pykvm.bench.paired import Estimate, Interrupted, estimate, measure, ratio
 from pykvm.bus import Bus, Native
 from pykvm.memory import GuestMemory
 from pykvm.runner import Runner
-from pykvm.smp import VcpuGroup
+from pykvm.smp import DeviceLock, VcpuGroup
 from pykvm.system import System
 from pykvm.x86.modes import mode_named
 
@@ -95,7 +94,7 @@ def _throughput(system: System, cpus: int, mode: str, loop: str, source: str, se
             ram.write(0x100000, code)
             bus = Bus()
             bus.pio.add(PORT, 1, _Device(), native=Native.constant(0))
-            lock = RLock() if cpus > 1 else None
+            lock = DeviceLock() if cpus > 1 else None
             runners = []
             for i in range(cpus):
                 vcpu = vm.create_vcpu()

@@ -140,11 +140,12 @@ def test_a_rep_makes_an_exit_for_each_element_or_fewer():
 
 
 def test_the_guests_clock_counts_what_loops_add():
-    """Where the TSC counts instructions a median of samples is exact: what an exit costs the guest, the loop's part of it too."""
+    """Where the TSC counts instructions an exit costs the guest the same each time, the loop's part of it too, but for what the host's
+    kernel does now and then: 600 instructions more, in some rounds at most exits. Hence not the median: a tenth stays below."""
     if not tsc_counts_instructions():
         pytest.skip("the TSC counts no instructions here: times differ from run to run")
     for row in bench_exits(chosen(["PIO out 8", "MMIO write 32"]), batch=400, rounds=3):
-        c, native, python = (row.guest[loop].median.value for loop in ("C", "native", "python"))
+        c, native, python = (sorted(row.samples[loop])[len(row.samples[loop]) // 10] for loop in ("C", "native", "python"))
         assert c < native <= c + 40 and native < python <= c + 2200, row.kind
 
 
