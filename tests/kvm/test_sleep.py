@@ -102,6 +102,27 @@ def test_saved_while_asleep(system, tmp_path):
         assert machine.run(TIMEOUT).exit_code == BUTTON
 
 
+def test_reset_and_fork(system):
+    """Back from after S3 to before it, and back into it; a clone sleeps too."""
+    with sleeper(system, cpus=2) as machine:
+        machine.checkpoint()
+        assert machine.run(TIMEOUT).exit_code == RTC
+        machine.reset()
+        assert machine.vcpu.get_sregs().cs.selector == 0x10
+        assert machine.run(TIMEOUT).exit_code == RTC
+    with sleeper(system, enable=0) as machine:
+        until_asleep(machine)
+        machine.checkpoint()
+        for _ in range(2):
+            machine.pc.acpi.press_power_button()
+            assert machine.run(TIMEOUT).exit_code == BUTTON
+            machine.reset()
+            assert machine.pc.asleep
+        with machine.fork() as clone:
+            clone.pc.acpi.press_power_button()
+            assert clone.run(TIMEOUT).exit_code == BUTTON
+
+
 @pytest.mark.parametrize("vector", [0, 0x100000, 0xFFFFFFFF])
 def test_nowhere_to_go_on(system, vector):
     with sleeper(system, vector=vector) as machine:
