@@ -7,6 +7,7 @@ entries concerned. Causes are derived in debug/causes/; docs/debugging.md says w
 from __future__ import annotations
 
 from pykvm import exits
+from pykvm.abi import lib
 from pykvm.debug.causes import VECTORS, Cause, name_of
 from pykvm.debug.causes.delivery import undeliverable
 from pykvm.debug.causes.first import first_exception, strayed_here, way_here
@@ -318,6 +319,8 @@ def _zeros(view: CpuView) -> str:
 
 
 def _time_limit(view: CpuView) -> str:
+    if view.vcpu.get_mp_state() == lib.KVM_MP_STATE_HALTED:
+        return f"the guest waits in HLT for an interrupt, and none came; it would go on at {view.rip:#x}"
     strayed = _zeros(view)
     if strayed:
         return strayed

@@ -62,6 +62,7 @@ LINUX_CODE = CODE64  # 32-bit code for Linux, which names this selector
 USER_CODE32, USER_DATA, USER_CODE64, TSS = 0x23, 0x2B, 0x33, 0x38
 GDT_LIMIT = TSS + 15
 TSS_SIZE = 104
+REAL_MODE_LIMIT = 0x3FF  # of IDTR: 256 vectors of 4 bytes
 IO_BITMAP_SIZE = 0x10000 // 8 + 1  # one bit a port, and the byte of ones that must follow (SDM vol. 1 section 19.5.2)
 
 
@@ -326,7 +327,7 @@ class MultibootMode(Mode):
         if entry >> 32:
             raise ConfigError(f"protected mode reaches 4 GiB, and the entry is {entry:#x}")
         sregs.gdt.base = sregs.gdt.limit = sregs.idt.base = 0
-        sregs.idt.limit = 0x3FF
+        sregs.idt.limit = REAL_MODE_LIMIT
         sregs.cr0, sregs.cr4 = CR0.PE | CR0.ET, 0
         _segment(sregs.cs, CODE32, 0xB)
         for name in ("ss", "ds", "es", "fs", "gs"):

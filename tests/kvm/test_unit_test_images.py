@@ -5,7 +5,7 @@ docs/guests-from-elsewhere.md says which of them uses what.
 
 import pytest
 
-from pykvm import Machine, asm
+from pykvm import GuestCrash, Machine, asm, probe
 from pykvm.needs import unmet
 from tests.conftest import TIMEOUT
 from tests.kvm.test_cli import run as pykvm
@@ -396,13 +396,29 @@ def test_a_kernel_at_32_kib_that_goes_to_real_mode(system):
         assert (result.reason, result.exit_code) == ("exit", GOOD), result.explanation
 
 
+MULTIBOOT = ".long 0x1badb002, 0x10000, -(0x1badb002 + 0x10000), 0x100000, 0x100000, 0, 0, 0x100020\n"
+
+
+def test_what_is_said_of_one_that_has_loaded_no_idt(system):
+    if not probe.shutdown_keeps_registers():
+        pytest.skip("this host resets the vCPU at a triple fault (probed)")
+    image, said = asm(MULTIBOOT + "ud2", bits=32, org=0x100000), r"`ud2` raises #UD.*loaded no IDT: IDTR still holds the real-mode vectors"
+    with Machine(image, memory="2M", system=system) as machine, pytest.raises(GuestCrash, match=said):
+        machine.run(TIMEOUT)
+
+
+def test_what_is_said_of_one_that_waits_for_ever(system):
+    with Machine(asm(MULTIBOOT + "sti\n hlt\n ud2", bits=32, org=0x100000), memory="2M", system=system) as machine:
+        told = "the guest waits in HLT for an interrupt, and none came; it would go on at 0x100022"
+        assert any(machine.run(0.1).explanation.startswith(told) for _ in range(20))  # however slow the host
+
+
 @pytest.mark.slow  # a process for each
 @pytest.mark.parametrize(("code", "status"), [(0, 1), (1, 3), (77, 155), (127, 255)])
 def test_exit_status(tmp_path, code, status):
     """Passed, failed, skipped and aborted, as those tests tell it to QEMU's isa-debug-exit; with the line that says what the image is."""
-    header = ".long 0x1badb002, 0x10000, -(0x1badb002 + 0x10000), 0x100000, 0x100000, 0, 0, 0x100020\n"
     image = tmp_path / "test.flat"
-    image.write_bytes(asm(f"{header} mov eax, {code}\n mov edx, 0xf4\n out dx, eax\n hlt", bits=32, org=0x100000))
+    image.write_bytes(asm(f"{MULTIBOOT} mov eax, {code}\n mov edx, 0xf4\n out dx, eax\n hlt", bits=32, org=0x100000))
     done = pykvm("run", str(image), "--cpus", "2", "--append", "some words", "--initrd", str(image), "--qemu-exit-status")
     assert done.returncode == status
     assert "is taken for multiboot (flat)" in done.stderr and "it has a multiboot header at file offset 0x0" in done.stderr

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pykvm.debug.causes.memory import canonical, page_fault
-from pykvm.x86.modes import HAS_ERROR_CODE
+from pykvm.x86.modes import HAS_ERROR_CODE, REAL_MODE_LIMIT
 from pykvm.x86.regs import EFER, RFLAGS
 from pykvm.x86.view import Descriptor, Gate
 
@@ -21,6 +21,8 @@ def undeliverable(view: CpuView, vector: int, software: bool = False) -> str:
         return f"beyond the vector table's limit {table.limit:#x}" if 4 * vector + 3 > table.limit else ""
     if table.limit == 0:
         return "the IDT limit is 0, so there are no handlers"
+    if (table.base, table.limit) == (0, REAL_MODE_LIMIT):
+        return f"the guest has loaded no IDT: IDTR still holds the real-mode vectors (base 0, limit {REAL_MODE_LIMIT:#x})"
     gate = view.gate_entry(vector)
     if isinstance(gate, str):
         return f"its IDT entry is {gate}"
