@@ -14,6 +14,7 @@ from pykvm.devices.reset import KeyboardController, ResetControl
 from pykvm.devices.rtc import Rtc
 from pykvm.devices.scratch import Scratch
 from pykvm.devices.uart16550 import Uart16550
+from pykvm.errors import ConfigError
 from pykvm.platform import (
     COM1,
     COM1_GSI,
@@ -95,6 +96,11 @@ class Pc:
     def fall_asleep(self) -> None:
         """The machine is suspended from now on, until ``wake()`` is called."""
         raise NotImplementedError
+
+    @property
+    def power_button(self) -> Callable[[], object]:
+        """To be called from a vCPU's thread: asks the guest to power off, or wakes it. Raises ConfigError: there is no such button."""
+        raise ConfigError("this machine has no power button: run it with --platform pc-test")
 
     @property
     def asleep(self) -> bool:

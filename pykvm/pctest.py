@@ -53,6 +53,8 @@ from pykvm.tables.vectors import place_vectors
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from pykvm.memory import GuestMemory
     from pykvm.pc import Board
     from pykvm.vm import VM
@@ -118,6 +120,11 @@ class PcTest(Pc):
         self.tables.append(place_vectors(memory))
         assert rsdp.gpa is not None
         return rsdp.gpa
+
+    @property
+    def power_button(self) -> Callable[[], object]:
+        """Asks the guest to power off by an ACPI event, or wakes it from S3."""
+        return self.acpi.press_power_button
 
     def fall_asleep(self) -> None:
         """Into S3."""

@@ -14,13 +14,14 @@ if TYPE_CHECKING:
 
 COMMAND = Command(
     "control",
-    "PATH status|pause|resume|snapshot DIR|cancel|quit",
+    "PATH status|pause|resume|snapshot DIR|power|cancel|quit",
     "Ask a machine that runs with --control unix:PATH, or tell it. status: what it is and does. pause, resume: its vCPUs leave the guest\n"
-    "and wait, and go on. snapshot DIR: save it there, and go on. cancel: give a migration up. quit: end the run.",
+    "and wait, and go on. snapshot DIR: save it there, and go on. power: press the power button of platform pc-test, so that\n"
+    "the guest powers off, or wakes from S3. cancel: give a migration up. quit: end the run.",
     [Option("--json", "the answer as the socket gave it")],
     ["pykvm control /tmp/guest.socket status", "pykvm control /tmp/guest.socket pause"],
 )
-TOLD = ("status", "pause", "resume", "snapshot", "cancel", "quit")
+TOLD = ("status", "pause", "resume", "snapshot", "power", "cancel", "quit")
 
 
 def main(argv: list[str]) -> int:

@@ -32,6 +32,7 @@ COMMANDS = {
     "resume": "they go on",
     "snapshot": "save it all in the directory ``dir``; the guest goes on",
     "migrate": "move the guest to the address ``to``, with the goal ``downtime`` in seconds; with ``wait``, progress and a report follow",
+    "power": "press the power button (platform pc-test): the guest is asked to power off, or woken from S3",
     "cancel": "give a migration up, before it is committed",
     "quit": "end the run",
 }
@@ -172,6 +173,13 @@ class ControlServer:
             self._check_settled()
             self.machine.resume()
         yield {"ok": True, "status": "running"}
+
+    def _power_command(self) -> Iterator[dict[str, Any]]:
+        with self._lock:
+            self._check_settled()
+            press, runner = self.machine.pc.power_button, self.machine.runner
+            runner.post(lambda: runner.holding(press))
+        yield {"ok": True}
 
     def _quit_command(self) -> Iterator[dict[str, Any]]:
         with self._lock:

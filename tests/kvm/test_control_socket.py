@@ -14,6 +14,7 @@ import pykvm
 from pykvm.state.remote import LONGEST_LINE, MOST_CLIENTS, ControlClient, ControlServer
 from tests.conftest import TIMEOUT
 from tests.kvm.moving import CONSOLE, PASSES, Receiving, Running, Turnstile, exit_code, goes_on, until, walker
+from tests.kvm.test_sleep import BUTTON, sleeper, until_asleep
 
 pytestmark = pytest.mark.slow
 
@@ -339,3 +340,15 @@ def test_uncertain_waits_for_a_decision(served, tmp_path, monkeypatch):
     served.ask("quit")
     assert served.running.end().reason == "quit"
     there.close()
+
+
+def test_the_power_button(served, tmp_path):
+    """A machine without one says so; one with it, which sleeps, is woken."""
+    answer = served.raw(b'{"command": "power"}\n')[0]
+    assert not answer["ok"] and "no power button" in answer["error"]
+    with sleeper(None, enable=0) as machine:
+        until_asleep(machine)
+        running = Running(machine)
+        with ControlServer(machine, str(tmp_path / "other")), ControlClient(str(tmp_path / "other")) as client:
+            assert client.ask("power") == {"ok": True}
+            assert running.end().exit_code == BUTTON
