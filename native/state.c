@@ -221,7 +221,7 @@ int pykvm_remap_private(uint64_t hva, uint64_t size, int fd)
 
 /* --- reset --------------------------------------------------------------------------------------------------------------- */
 
-#define CR0_PG (1ull << 31)
+#define CR4_PGE (1ull << 7)
 
 static int fail(struct pykvm_reset *r, const char *name)
 {
@@ -254,19 +254,7 @@ static void forget_exit(struct pykvm_vcpu *v)
 		v->coalesced->first = v->coalesced->last;
 }
 
-/* Whether another tree of page tables was in use than at the checkpoint. */
-static int paging_changed(struct pykvm_reset *r, struct pykvm_reset_vcpu *c)
-{
-	struct kvm_sregs now;
-
-	if (r->syncs)
-		now = c->v->run->s.regs.sregs;
-	else if (ioctl(c->v->fd, KVM_GET_SREGS, &now))
-		return 1;
-	return (now.cr0 ^ c->sregs.cr0) & CR0_PG || ((now.cr0 & CR0_PG) && (now.cr3 != c->sregs.cr3 || now.cr4 != c->sregs.cr4));
-}
-
-static int put_slot(struct pykvm_reset *r, struct pykvm_reset_slot *s, int *tables)
+static int put_slot(struct pykvm_reset *r, struct pykvm_reset_slot *s, int *stale)
 {
 	uint64_t words = (s->region.memory_size / PAGE + 63) / 64;
 	struct kvm_dirty_log log = { .slot = s->region.slot };
@@ -280,29 +268,14 @@ static int put_slot(struct pykvm_reset *r, struct pykvm_reset_slot *s, int *tabl
 		if (!bits)
 			continue;
 		s->host[w] = 0;
-		if (bits & s->tables[w])
-			*tables = 1;
 		for (; bits; bits &= bits - 1) {
-			uint64_t at = (w * 64 + (uint64_t)__builtin_ctzll(bits)) * PAGE;
+			uint64_t at = (w * 64 + (uint64_t)__builtin_ctzll(bits)) * PAGE, gpa = s->region.guest_phys_addr + at;
 
+			if (gpa >= r->guarded && gpa < r->guarded_end)
+				*stale = 1;
 			memcpy((uint8_t *)(uintptr_t)s->region.userspace_addr + at, s->base + at, PAGE);
 			r->pages++;
 		}
-	}
-	return 0;
-}
-
-/* KVM forgets all that it has made of the guest's page tables when a slot goes. */
-static int flush_slots(struct pykvm_reset *r)
-{
-	r->flushes++;
-	for (uint32_t i = 0; i < r->slots; i++) {
-		struct kvm_userspace_memory_region region = r->slot[i].region;
-
-		region.memory_size = 0;
-		if (ioctl(r->vm_fd, KVM_SET_USER_MEMORY_REGION, &region) ||
-		    ioctl(r->vm_fd, KVM_SET_USER_MEMORY_REGION, &r->slot[i].region))
-			return fail(r, "KVM_SET_USER_MEMORY_REGION");
 	}
 	return 0;
 }
@@ -312,6 +285,27 @@ static int flush_slots(struct pykvm_reset *r)
 		if (ioctl(fd, name, argument) < 0)	\
 			return fail(r, #name);	\
 	} while (0)
+
+/* Shadows go, all of them, when a slot goes, whichever it is; a TLB when paging changes: CR4.PGE, as long as nobody runs. */
+static int forget_tables(struct pykvm_reset *r)
+{
+	struct kvm_userspace_memory_region gone = r->spare;
+
+	r->flushes++;
+	if (r->shadows) {
+		gone.memory_size = 0;
+		SET(r->vm_fd, KVM_SET_USER_MEMORY_REGION, &r->spare);
+		SET(r->vm_fd, KVM_SET_USER_MEMORY_REGION, &gone);
+		return 0;
+	}
+	for (uint32_t i = 0; i < r->vcpus; i++) {
+		struct kvm_sregs other = r->vcpu[i].sregs;
+
+		other.cr4 ^= CR4_PGE;
+		SET(r->vcpu[i].v->fd, KVM_SET_SREGS, &other);
+	}
+	return 0;
+}
 
 static int put_vcpu(struct pykvm_reset *r, struct pykvm_reset_vcpu *c)
 {
@@ -357,26 +351,18 @@ static int put_vcpu(struct pykvm_reset *r, struct pykvm_reset_vcpu *c)
 /* All back to where it was. No vCPU may be in a run. Returns 0, or -errno with the ioctl's name in failed. */
 int pykvm_reset(struct pykvm_reset *r)
 {
-	int changed = 0, error;
+	int stale = 0, error;
 
 	r->pages = 0;
 	for (uint32_t i = 0; i < r->vcpus; i++) {
-		struct pykvm_vcpu *v = r->vcpu[i].v;
-		uint64_t valid = v->run->kvm_valid_regs;
-
-		if (r->syncs)
-			v->run->kvm_valid_regs |= KVM_SYNC_X86_SREGS;
-		error = touch(r, v);
-		v->run->kvm_valid_regs = valid;
-		if (error)
+		if ((error = touch(r, r->vcpu[i].v)))
 			return error;
-		forget_exit(v);
-		changed |= paging_changed(r, &r->vcpu[i]);
+		forget_exit(r->vcpu[i].v);
 	}
 	for (uint32_t i = 0; i < r->slots; i++)
-		if ((error = put_slot(r, &r->slot[i], &changed)))
+		if ((error = put_slot(r, &r->slot[i], &stale)))
 			return error;
-	if (changed && (error = flush_slots(r)))
+	if (stale && (error = forget_tables(r)))
 		return error;
 	for (uint32_t i = 0; i < r->vcpus; i++)
 		if ((error = put_vcpu(r, &r->vcpu[i])))

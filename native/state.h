@@ -19,7 +19,6 @@ struct pykvm_reset_slot {
 	uint8_t *base;
 	uint64_t *dirty;	/* room for KVM's dirty log */
 	uint64_t *host;		/* what the host has written; taken by each reset */
-	uint64_t *tables;	/* pages that were page tables */
 };
 
 /* A vCPU that is put back; pointers that are NULL are left alone. */
@@ -45,8 +44,11 @@ struct pykvm_reset {
 	struct kvm_irqchip *irqchip;
 	struct kvm_pit_state2 *pit;
 	uint32_t syncs;		/* registers may go through kvm_run */
+	uint32_t shadows;	/* KVM keeps shadows of the guest's page tables; else only the CPU's TLB remembers them */
+	uint64_t guarded, guarded_end;	/* gpas: when a page there is put back, what is remembered of page tables may be wrong */
+	struct kvm_userspace_memory_region spare;	/* a slot that could be there, and is not */
 	uint64_t pages;		/* put back by the last reset */
-	uint64_t flushes;	/* resets that had to have KVM forget its page tables */
+	uint64_t flushes;	/* resets that had page tables forgotten */
 	const char *failed;	/* the ioctl that has */
 };
 

@@ -10,11 +10,12 @@ from functools import cache
 from pykvm import exits
 from pykvm.abi import lib, new
 from pykvm.errors import KvmError
-from pykvm.memory import GuestMemory
+from pykvm.memory import HUGE_PAGE, GuestMemory
 from pykvm.platform import TSS_GPA
 from pykvm.system import System
 from pykvm.x86.modes import IO_BITMAP_SIZE, TSS_SIZE, LongMode, ProtectedMode, RealMode, UserMode
-from pykvm.x86.regs import AVAILABLE_TSS, BUSY_TSS, RFLAGS
+from pykvm.x86.paging import walk
+from pykvm.x86.regs import AVAILABLE_TSS, BUSY_TSS, CR4, RFLAGS
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -33,6 +34,7 @@ __all__ = [
     "hypercall_returns",
     "interruptible_with_if_clear",
     "out_leaves_rip_past",
+    "shadow_paging",
     "shutdown_keeps_registers",
     "single_step",
     "tr_reads_busy",
@@ -124,6 +126,29 @@ def only_bitmap(vcpu: VCPU, ram: GuestMemory) -> None:
     regs = vcpu.get_regs()
     regs.rflags &= ~RFLAGS.IOPL
     vcpu.set_regs(regs)
+
+
+@cache
+def shadow_paging() -> bool:
+    """Whether KVM keeps shadows of the guest's page tables (no EPT, no NPT): what the host writes there is not heard of, even when the TLB
+    is flushed. A program reads through an entry of 2 MiB before and after the host has moved it."""
+    at, code = 0x400000, b"\x8a\x04\x25\x00\x00\x40\x00\xe6\xf4\xeb\xf5"  # 1: mov al, [0x400000]; out 0xf4, al; jmp 1b
+    with System() as system, GuestMemory.of_size("8M") as ram, system.create_vm() as vm:
+        vm.add_memory(ram)
+        ram.write(_CODE, code)
+        ram.write_u8(at + HUGE_PAGE, 1)
+        vcpu = vm.create_vcpu()
+        vcpu.set_cpuid2(system.get_supported_cpuid().as_guest())
+        UserMode().apply(vcpu, ram, _CODE)
+        vcpu.run(100 * _TIMEOUT)
+        sregs = vcpu.get_sregs()
+        entry = walk(ram, at, cr0=sregs.cr0, cr3=sregs.cr3, cr4=sregs.cr4, efer=sregs.efer).entries[-1]
+        ram.write_u64(entry.gpa, entry.value + HUGE_PAGE)
+        for _ in range(2):  # a change of CR4.PGE flushes
+            sregs.cr4 ^= CR4.PGE
+            vcpu.set_sregs(sregs)
+        vcpu.run(100 * _TIMEOUT)
+        return bool(vcpu.get_regs().rax & 0xFF == 0)
 
 
 @cache

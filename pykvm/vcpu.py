@@ -58,6 +58,7 @@ class VCPU(Closes):
         self._vm_coalesced_page = vm.coalesced_page
         self._xsave = 0  # bytes of an XSAVE area, once asked for
         self.asked: Cpuid | None = None  # what set_cpuid2() was given
+        self.system_writes = 0  # how often user space has set sregs or MSRs
         self.known_msrs: list[int] | None = None  # those that state/vcpustructs.py has found to be there
         self._vm = vm.handle  # the VM's fd and memory stay while this vCPU does
         # What native/runloop.c knows of this vCPU, at the start of a page of its own; the run loop's table shares the page. Whoever has
@@ -95,6 +96,7 @@ class VCPU(Closes):
 
     def set_sregs(self, sregs: Struct) -> None:
         """KVM_SET_SREGS. EINVAL means that the control registers contradict each other."""
+        self.system_writes += 1
         ioctl(self.fd, "KVM_SET_SREGS", sregs.cdata, "do CR0, CR4, EFER and CS agree on one mode?")
 
     def get_sregs2(self) -> Struct:
@@ -103,6 +105,7 @@ class VCPU(Closes):
 
     def set_sregs2(self, sregs: Struct) -> None:
         """KVM_SET_SREGS2."""
+        self.system_writes += 1
         ioctl(self.fd, "KVM_SET_SREGS2", sregs.cdata, "do CR0, CR4, EFER and CS agree on one mode?")
 
     def get_xsave(self) -> bytes:
@@ -234,6 +237,7 @@ class VCPU(Closes):
 
     def set_msr(self, index: int, value: int) -> None:
         """KVM_SET_MSRS for one MSR."""
+        self.system_writes += 1
         msrs = flexible("struct kvm_msrs", "entries", 1)
         msrs.nmsrs = 1
         msrs.entries[0].index, msrs.entries[0].data = index, value
@@ -257,6 +261,7 @@ class VCPU(Closes):
 
     def set_msrs(self, values: Iterable[tuple[int, int]] | MsrTable) -> list[tuple[int, int]]:
         """KVM_SET_MSRS (api.rst 4.19) for many, in this order; returns those that KVM did not take."""
+        self.system_writes += 1
         table, refused = values if isinstance(values, MsrTable) else MsrTable(values), []
         while table.rows:
             done = ioctl(self.fd, "KVM_SET_MSRS", table.cdata, f"{len(table.rows)} MSRs")

@@ -3,9 +3,10 @@
 The pages are those of KVM's dirty log and those that the host has written (hostwrites.py); native/state.c puts them and the vCPUs back in
 one call. Devices are asked for their state once; those that the guest has not touched since are left alone.
 
-**Page tables.** KVM, or the CPU, remembers what it has read in the guest's page tables. When a page that the tables at the checkpoint are
-made of was written since, or the guest stands on other tables than then (CR3, CR4, CR0.PG), KVM is made to forget it all: every slot is
-taken away and given back. That costs some tens of microseconds, and each later access its way through the tables again.
+**Page tables.** Neither KVM's shadows of the guest's page tables nor the CPU's TLB hear of what the host writes, and any page that is put
+back may have been one, if only for a while. So the TLB is flushed by each reset that has put something back; where KVM has shadows (no EPT
+or NPT: probe.shadow_paging), it is made to forget them, which takes longer. A program in user mode cannot change its kernel's page tables
+nor have others used, and is spared that, as long as the host leaves the kernel's pages, sregs and MSRs alone.
 
 What is not put back: clocks (the TSC, a PIT's count goes on from its start), counters of exits, and what no device states of itself.
 """
@@ -14,36 +15,34 @@ from __future__ import annotations
 
 import mmap
 from functools import partial
-from struct import iter_unpack
 
 from pykvm.abi import ffi, lib
-from pykvm.errors import ConfigError, GuestMemoryError, KvmError, StateError
+from pykvm.errors import ConfigError, KvmError, StateError
+from pykvm.platform import GDT_GPA, IDT_GPA, PAGE_TABLES_END, PAGE_TABLES_GPA
+from pykvm.probe import shadow_paging
 from pykvm.state.save import device_places, settle
 from pykvm.state.vcpustructs import TSC, TSC_DEADLINE, capture, tr_as_loaded
 from pykvm.units import PAGE_SIZE
-from pykvm.x86.regs import CR0, CR4, EFER
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable
     from typing import Any
 
     from pykvm.bus import Range
     from pykvm.machine import Machine
-    from pykvm.memory import GuestMemory
     from pykvm.state.vcpustructs import VcpuStructs
     from pykvm.vcpu import VCPU
 
-__all__ = ["Checkpoint", "page_tables"]
+__all__ = ["Checkpoint"]
 
-_ADDRESS = 0xFFFFFFFFFF000  # bits 12 to 51 of a page table entry
-_LARGE = 1 << 7
+_ENTRIES = (0x174, 0xC0000082, 0xC0000083)  # IA32_SYSENTER_CS, IA32_LSTAR, IA32_CSTAR: where CPL3 enters CPL0 without a gate
 
 
 class Checkpoint:
     """Where a machine stood. One at a time for each machine: KVM keeps one dirty log.
 
-    ``pages``: how many the last reset() has put back; ``flushes``: resets that had to have KVM forget its page tables.
+    ``pages``: how many the last reset() has put back; ``flushes``: resets that have had page tables forgotten.
     Raises ConfigError, StateError (nested virtualization in use) and KvmError.
     """
 
@@ -67,6 +66,8 @@ class Checkpoint:
         self._vectors = [list(runner.vectors) for runner in machine.runners]
         self._console, self._dropped = len(machine.console.data), machine.console.dropped
         self._services = None if machine.services is None else machine.services.save()
+        self._sealed = machine.info.mode == "user" and all(map(_is_sealed, machine.vcpus))
+        self._system_writes = [vcpu.system_writes for vcpu in machine.vcpus]
 
     @property
     def pages(self) -> int:
@@ -75,7 +76,7 @@ class Checkpoint:
 
     @property
     def flushes(self) -> int:
-        """Resets that had KVM forget its page tables."""
+        """Resets that have had page tables forgotten."""
         return int(self._native.flushes)
 
     # --- making it ---------------------------------------------------------------------------------------------------
@@ -94,22 +95,19 @@ class Checkpoint:
             vm.log_dirty_pages(slot)
             self._undo.append(partial(_stop_logging, machine, slot))
             words = -(-slot.size // PAGE_SIZE // 64)
-            dirty, host, tables = (ffi.new("uint64_t[]", words) for _ in range(3))
+            dirty, host = ffi.new("uint64_t[]", words), ffi.new("uint64_t[]", words)
             copy = mmap.mmap(-1, slot.size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | 0x4000)  # MAP_NORESERVE
             self._copies.append(copy)
             base = ffi.from_buffer("uint8_t[]", copy)
             lib.pykvm_copy_pages(base, ffi.cast("uint8_t *", slot.hva), slot.size, slot.file)
-            self._keep += [dirty, host, tables, base]
+            self._keep += [dirty, host, base]
             row.region = (number, lib.KVM_MEM_LOG_DIRTY_PAGES, slot.gpa, slot.size, slot.hva)
-            row.base, row.dirty, row.host, row.tables = base, dirty, host, tables
+            row.base, row.dirty, row.host = base, dirty, host
             self._marks.append((slot, host))
-        for page in page_tables(self._machine):
-            for row in rows:
-                at = page - row.region.guest_phys_addr
-                if 0 <= at < row.region.memory_size:
-                    row.tables[at // PAGE_SIZE // 64] |= 1 << at // PAGE_SIZE % 64
         native = self._native
-        native.vm_fd, native.slots, native.slot = vm.fd, len(self._slots), rows
+        native.vm_fd, native.slots, native.slot, native.shadows = vm.fd, len(self._slots), rows, shadow_paging()
+        last = max(self._all_slots.values(), key=lambda slot: slot.gpa)
+        native.spare = (max(self._all_slots) + 1, 0, last.gpa + last.size, PAGE_SIZE, last.hva)
         for slot in self._slots.values():  # clean from now on
             vm.get_dirty_log(slot, bytearray(-(-slot.size // PAGE_SIZE // 64) * 8))
 
@@ -181,6 +179,14 @@ class Checkpoint:
         self._always = self._machine.vm.irqchip != "none"
         self._queue = bytes(self._machine.uart.queue)
 
+    def _guard(self) -> None:
+        """The pages that must not have changed if what is remembered of page tables is to be right."""
+        machine, native = self._machine, self._native
+        if self._sealed and [vcpu.system_writes for vcpu in machine.vcpus] == self._system_writes:
+            native.guarded, native.guarded_end = GDT_GPA, PAGE_TABLES_END
+        else:
+            native.guarded, native.guarded_end = 0, (1 << 64) - 1
+
     # --- using it ----------------------------------------------------------------------------------------------------
 
     def reset(self) -> None:
@@ -194,6 +200,7 @@ class Checkpoint:
         if self._services is not None and machine.services is not None and machine.services.save() != self._services:
             raise StateError("services", "the guest has set up interrupts or MSRs by hypercall since the checkpoint: take another one")
         self._take_host_writes()
+        self._guard()
         error = lib.pykvm_reset(self._native)
         if error:
             raise KvmError(
@@ -240,6 +247,16 @@ class Checkpoint:
         self._copies.clear()
 
 
+def _is_sealed(vcpu: VCPU) -> bool:
+    """Whether the program of modes.UserMode comes to CPL0 by exceptions alone, and there to the kernel's own stubs.
+
+    SYSENTER raises #GP, and SYSCALL #UD, or #PF at 0, where nothing is mapped (some hosts have EFER.SCE always set).
+    """
+    sregs = vcpu.get_sregs()
+    as_made = sregs.cs.dpl == 3 and sregs.cr3 == PAGE_TABLES_GPA and (sregs.idt.base, sregs.gdt.base) == (IDT_GPA, GDT_GPA)
+    return bool(as_made) and not any(vcpu.get_msrs(_ENTRIES).values())
+
+
 def _stop_logging(machine: Machine, slot: Any) -> None:
     if slot in machine.vm.handle.slots.values():
         try:
@@ -266,42 +283,3 @@ def _watch(claimed: Range, place: int, touched: set[int]) -> Callable[[], object
 
     claimed.read, claimed.write = read_noted, write_noted
     return undo
-
-
-def page_tables(machine: Machine) -> set[int]:
-    """The gpas of all pages that the vCPUs' page tables are made of (SDM vol. 3 chapter 4)."""
-    found: set[int] = set()
-    for vcpu in machine.vcpus:
-        sregs = vcpu.get_sregs()
-        if sregs.cr0 & CR0.PG:
-            root = sregs.cr3 & _ADDRESS
-            if sregs.efer & EFER.LMA:
-                _collect(machine.memory, root, 5 if sregs.cr4 & CR4.LA57 else 4, "<Q", found)
-            elif sregs.cr4 & CR4.PAE:
-                found.add(root)
-                for entry in _entries(machine.memory, sregs.cr3 & ~0x1F, 32, "<Q"):
-                    if entry & 1:
-                        _collect(machine.memory, entry & _ADDRESS, 2, "<Q", found)
-            else:
-                _collect(machine.memory, root, 2, "<I", found, bool(sregs.cr4 & CR4.PSE))
-    return found
-
-
-def _collect(memory: GuestMemory, gpa: int, level: int, format: str, found: set[int], large: bool = True) -> None:
-    if gpa in found:
-        return
-    found.add(gpa)
-    if level == 1:
-        return
-    for entry in _entries(memory, gpa, PAGE_SIZE, format):
-        if entry & 1 and not (large and entry & _LARGE and level <= 3):
-            _collect(memory, entry & _ADDRESS, level - 1, format, found, large)
-
-
-def _entries(memory: GuestMemory, gpa: int, size: int, format: str) -> Iterator[int]:
-    try:
-        table = memory.read(gpa, size)
-    except GuestMemoryError:
-        return
-    for (entry,) in iter_unpack(format, table):
-        yield entry

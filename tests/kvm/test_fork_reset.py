@@ -177,6 +177,44 @@ def test_page_tables_that_the_guest_has_changed():
         assert machine.memory.read_u8(0x400000) == 4
 
 
+# Other tables, at 0x700000, in pages that belong to none that are in use: changes an entry if it is told to, goes there and back.
+EXCURSION = """
+    cmp byte ptr [0x500000], 1
+    jne 1f
+    mov rax, 0x200000
+    add [0x702000 + 8 * 2], rax
+1:  mov rbx, cr3
+    mov eax, 0x700000
+    mov cr3, rax
+    mov al, [0x400000]
+    mov cr3, rbx
+    out 0xf4, al
+    hlt
+"""
+
+
+@pytest.mark.shadow
+@pytest.mark.parametrize("irqchip", ["none", "kernel"])
+def test_page_tables_that_were_in_use_for_a_while(irqchip):
+    """They are no tables at the checkpoint nor at the reset, yet what is remembered of them must go."""
+    with Machine(asm(EXCURSION, bits=64), mode="long", memory="16M", irqchip=irqchip) as machine:
+        memory = machine.memory
+        directory = page_directory(machine)
+        root = machine.vcpu.get_sregs().cr3 & ~0xFFF
+        pdpt = memory.read_u64(root) & 0xFFFFFFFFFF000
+        for here, there in ((root, 0x700000), (pdpt, 0x701000), (directory, 0x702000)):
+            memory.write(there, memory.read(here, PAGE_SIZE))
+        memory.write_u64(0x700000, memory.read_u64(root) - pdpt + 0x701000)
+        memory.write_u64(0x701000, memory.read_u64(pdpt) - directory + 0x702000)
+        memory.write_u8(0x400000, 4)
+        memory.write_u8(0x600000, 6)
+        machine.checkpoint()
+        for change, seen in ((0, 4), (1, 6), (0, 4), (1, 6), (0, 4)):
+            memory.write_u8(0x500000, change)
+            assert machine.run(TIMEOUT).exit_code == seen
+            machine.reset()
+
+
 def test_page_tables_that_the_host_has_changed():
     """A user mode guest reads through an entry that the host moves: the reset undoes that, also where KVM keeps shadows of the tables."""
     code = asm("1: mov al, [0x400000]\n out 0xf4, al\n jmp 1b", bits=64)
