@@ -121,15 +121,16 @@ class Space:
 
     def add(self, base: int, length: int, device: Device, *, name: str | None = None, native: Native | None = None) -> Range:
         """Claim [base, base + length) for ``device``. Raises DeviceOverlapError, ConfigError (outside the space, no methods)."""
-        if length <= 0 or base < 0 or base + length > self.limit:
+        end, ranges, bases = base + length, self._ranges, self._bases
+        if length <= 0 or base < 0 or end > self.limit:
             raise ConfigError(f"{self.name} {base:#x}, length {length:#x}, is not inside 0-{self.limit - 1:#x}")
         new = Range(base, length, device, name, native)
-        ranges, at = self._ranges, bisect_right(self._bases, base)
-        for other in ranges[at - 1 if at else 0 : at + 1]:
-            if base < other.end and other.base < new.end:
-                raise DeviceOverlapError(f"{self.name}: {new!r} overlaps {other!r}: give one of the two another base")
+        at = bisect_right(bases, base)
+        if (at and ranges[at - 1].end > base) or (at < len(bases) and bases[at] < end):
+            other = ranges[at - 1] if at and ranges[at - 1].end > base else ranges[at]
+            raise DeviceOverlapError(f"{self.name}: {new!r} overlaps {other!r}: give one of the two another base")
         ranges.insert(at, new)
-        self._bases.insert(at, base)
+        bases.insert(at, base)
         self.version += 1
         try:
             self._changed()
