@@ -4,8 +4,9 @@ import re
 
 import pytest
 
-from pykvm import Machine
+from pykvm import Machine, asm
 from pykvm.hosts.debian import Missing, package
+from pykvm.platform import WAKING_VECTOR
 from tests.conftest import TIMEOUT
 
 END = "No bootable device"
@@ -46,3 +47,14 @@ def test_to_its_end(images, name, cpus):
         dsdt = machine.memory.read_u32(fadt + 40)
         assert machine.memory.read(fadt, 4) == b"FACP" and machine.memory.read(dsdt, 4) == b"DSDT"
         assert sum(machine.memory.read(dsdt, machine.memory.read_u32(dsdt + 4))) & 0xFF == 0
+        # And it resumes an operating system from S3, at the vector that one has left in the FACS.
+        facs = machine.memory.read_u32(fadt + 36)
+        assert machine.memory.read(facs, 4) == b"FACS"
+        machine.memory.write_u32(facs + WAKING_VECTOR, 0x2000)
+        machine.memory.write(0x2000, asm("mov al, 77\n out 0xf4, al\n hlt", bits=16, org=0x2000))
+        machine.debug_port.on_output = None
+        machine.group.on_sleep()
+        machine.pc.acpi.press_power_button()
+        result = machine.run(TIMEOUT)
+        assert (result.reason, result.exit_code) == ("exit", 77), result.debug_port
+        assert "Jump to resume vector (2000)" in result.debug_port
