@@ -29,7 +29,7 @@ def find(name: str) -> str:
         raise GuestImageError(name, None, "no file of that name, and the gallery is empty: build it with `make`")
     from difflib import get_close_matches
 
-    near = get_close_matches(name, known, 1, 0.4)
+    near = get_close_matches(name, known, 1)
     hint = f"did you mean {near[0]}?" if near else "`pykvm guests` lists them"
     raise GuestImageError(name, None, f"no file and no gallery guest of that name; {hint}")
 

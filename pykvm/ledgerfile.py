@@ -13,10 +13,10 @@ from zlib import crc32
 import numpy as np
 
 from pykvm.errors import ConfigError
+from pykvm.wholefile import replace_file
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable
     from typing import Any
 
     from numpy.typing import NDArray
@@ -144,30 +144,13 @@ def checksum(records: Array) -> int:
 
 def write_records(path: str, records: Array) -> None:
     """Raises OSError."""
-    _replace(path, lambda file: np.lib.format.write_array(file, records, version=(1, 0), allow_pickle=False))
+    replace_file(path, lambda file: np.lib.format.write_array(file, records, version=(1, 0), allow_pickle=False))
 
 
 def write_json(path: str, about: dict[str, Any]) -> None:
     """Raises OSError."""
-    _replace(path, lambda file: file.write(json.dumps(about).encode()))
+    replace_file(path, lambda file: file.write(json.dumps(about).encode()))
 
 
 def _first_line(error: Exception) -> str:
     return str(error).partition("\n")[0] or type(error).__name__
-
-
-def _replace(path: str, write: Callable[[Any], object]) -> None:
-    """A new file in the place of ``path``, complete or not at all."""
-    if os.path.exists(path) and not os.path.isfile(path):
-        with open(path, "wb") as file:  # /dev/null, a pipe: nothing to put in its place
-            write(file)
-        return
-    new = f"{path}.{os.getpid()}.new"
-    try:
-        with open(new, "wb") as file:
-            write(file)
-        os.replace(new, path)
-    except BaseException:
-        if os.path.exists(new):
-            os.unlink(new)
-        raise

@@ -150,9 +150,9 @@ def _check_ledger(o: dict[str, Any]) -> None:
         if o["trace_exits"]:
             raise ConfigError("--trace-exits adds to a ledger: give --ledger FILE.npy too")
         return
-    special = os.path.exists(path) and not os.path.isfile(path)  # such as /dev/null; a file is replaced, which its folder must allow
-    if os.path.isdir(path) or not os.access(path if special else os.path.dirname(path) or ".", os.W_OK):
-        raise ConfigError(f"--ledger {path}: it cannot be written there")
+    from pykvm.wholefile import check_place
+
+    check_place("--ledger", path)
 
 
 def _control(machine: Machine, where: str | None) -> ControlServer | _Nothing:

@@ -11,6 +11,7 @@ from pykvm.cli import run, say
 from pykvm.cli.guest import GUEST_OPTIONS, TIME_LIMIT, Input, Output, open_machine, parse_guest
 from pykvm.cli.options import Command, Option, whole
 from pykvm.errors import ConfigError, GuestCrash
+from pykvm.wholefile import check_place
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -53,6 +54,8 @@ def main(argv: list[str]) -> int:
 
     if o["html"] and o["json"]:
         raise ConfigError("--html and --json: choose one")
+    if o["html"]:
+        check_place("--html", o["html"])
     with open_machine(image, o, poll_input=Input(Output()).poll) as machine:
         tracer = Tracer(
             machine,
@@ -94,7 +97,7 @@ def _report(tracer: Tracer, result: Result, status: int, o: dict[str, Any]) -> N
     code = "" if result.exit_code is None else f" {result.exit_code}" if result.reason == "exit" else ""
     unit = ("instruction" if o["step"] else "exit") + "s" * (tracer.seen != 1)
     end = {
-        "until": f"stopped at {o['until']}" if o["until"] else f"stopped after {tracer.shown} line{'s' * (tracer.shown != 1)}",
+        "until": f"stopped after {tracer.shown} line{'s' * (tracer.shown != 1)}" if tracer.at_limit else f"stopped at {o['until']}",
         "crash": "crashed",
     }.get(result.reason, result.reason)
     say(f"pykvm: {tracer.seen} {unit}{shown}; {end}{code}")

@@ -54,15 +54,17 @@ class Stopped:
 
     ``reason``: "step", "breakpoint", "watchpoint", "exit" (``code``), "reset", "power-off", "halted", "crash", "timeout" or
     "interrupted". ``cpu`` is the vCPU that it came from, and ``rip`` where that stands, a linear address. ``watchpoint`` is the one that
-    fired, ``old`` and ``new`` what was there before and is now. ``stop`` is what the run loop said.
+    fired, ``old`` and ``new`` what was there before and is now. ``stop`` is what the run loop said. ``by_planted_out``: the last exit was
+    the debugger's own OUT, and none of the guest's.
     """
 
-    __slots__ = ("code", "cpu", "new", "old", "reason", "rip", "stop", "watchpoint")
+    __slots__ = ("by_planted_out", "code", "cpu", "new", "old", "reason", "rip", "stop", "watchpoint")
 
     def __init__(self, reason: str, cpu: int, stop: Stop | None = None) -> None:
         self.reason, self.cpu, self.stop = reason, cpu, stop
         self.code = None if stop is None else stop.code
         self.rip = 0
+        self.by_planted_out = False
         self.watchpoint: Watchpoint | None = None
         self.old = self.new = b""
 
@@ -205,7 +207,9 @@ class Stepper:
                 return self.stopped("halted", cpu, Stop("halted"))
             return None
         if isinstance(exit, exits.IoOut) and exit.size != 1 and self._is_planted_out(cpu, exit):
-            return self.stopped("step", cpu)
+            stopped = self.stopped("step", cpu)
+            stopped.by_planted_out = True
+            return stopped
         stop = self.runner(cpu).serve()
         if stop is None and isinstance(exit, exits.InternalError):
             return self.stopped("step", cpu)  # KVM gave up on the instruction, and it was finished all the same

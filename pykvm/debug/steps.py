@@ -6,6 +6,7 @@ is looked at before and after.
 
 from __future__ import annotations
 
+from struct import Struct as Layout
 from time import monotonic
 
 from pykvm.abi import ffi
@@ -19,9 +20,10 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
+    from pykvm.abi import Struct
     from pykvm.debug.control import Control
     from pykvm.debug.tracer import Tracer
-    from pykvm.debug.where import Place
+    from pykvm.debug.where import Locator, Place
     from pykvm.result import Result
     from pykvm.runner import Runner
     from pykvm.x86.view import CpuView
@@ -29,8 +31,11 @@ if TYPE_CHECKING:
 __all__ = ["Step", "run_steps"]
 
 _SHOWN = 64  # bytes of one write that are shown
+_LONGEST = 15
+_KNOWN = 1 << 14  # decoded instructions that are kept
+_REGS = Layout("18Q")  # struct kvm_regs
 
-_GENERAL = ("rax", "rbx", "rcx", "rdx", "rsi", "rdi", "rbp", "rsp", *(f"r{n}" for n in range(8, 16)))
+_GENERAL = ("rax", "rbx", "rcx", "rdx", "rsi", "rdi", "rsp", "rbp", *(f"r{n}" for n in range(8, 16)))  # as in struct kvm_regs
 _CONTROL = ("cr0", "cr2", "cr3", "cr4", "cr8", "efer")
 _SEGMENTS = ("cs", "ss", "ds", "es", "fs", "gs", "tr", "ldt")
 _FLAGS = ((1, "CF"), (4, "PF"), (16, "AF"), (64, "ZF"), (128, "SF"), (512, "IF"), (1024, "DF"), (2048, "OF"))
@@ -104,7 +109,7 @@ def run_steps(tracer: Tracer, timeout: float | None) -> Result:
             return machine.result(reason)
     rings = [_Ring(runner) for runner in machine.runners]
     views = [control.view(cpu) for cpu in range(machine.cpus)]
-    formatter = Formatter(tracer.capture, tracer.locator)
+    formatter, decoder = Formatter(tracer.capture, tracer.locator), _Decoder(tracer.locator)
     try:
         while True:
             for cpu in control._started():
@@ -114,7 +119,7 @@ def run_steps(tracer: Tracer, timeout: float | None) -> Result:
                 before = views[cpu]
                 if before.rip == tracer.until_address:
                     return machine.result("until")
-                stopped, step, event = _one(tracer, control, cpu, before, rings[cpu], left)
+                stopped, step, event = _one(tracer, control, decoder, cpu, before, rings[cpu], left)
                 views[cpu] = control.view(cpu)
                 _finish(step, before, views[cpu], formatter, event)
                 if stopped.reason == "timeout":
@@ -139,36 +144,50 @@ def _timed_out(tracer: Tracer) -> Result:
     return result
 
 
-def _one(tracer: Tracer, control: Control, cpu: int, before: CpuView, ring: _Ring, left: float | None) -> tuple[Any, Step, Event | None]:
+class _Decoder:
+    """Instructions with their places, each decoded once: guests run the same ones again and again."""
+
+    def __init__(self, locator: Locator) -> None:
+        self._locator = locator
+        self._known: dict[tuple[int, int, bytes], tuple[Place, Operation | None]] = {}
+
+    def here(self, view: CpuView) -> tuple[Place, Operation | None]:
+        """The one at RIP, by address and bytes: guests write code too."""
+        code = view.read(view.rip, _LONGEST)
+        found = self._known.get(key := (view.rip, view.bits, code))
+        if found is None:
+            if len(self._known) >= _KNOWN:
+                self._known.clear()
+            found = self._known[key] = self._locator.at(view, view.rip), Operation.here(view, code=code)
+        place, operation = found
+        return place, None if operation is None else operation.on(view)
+
+
+def _one(
+    tracer: Tracer, control: Control, decoder: _Decoder, cpu: int, before: CpuView, ring: _Ring, left: float | None
+) -> tuple[Any, Step, Event | None]:
     """Step one vCPU; the memory it may write is noted before."""
-    place = tracer.locator.at(before, before.rip)
+    place, operation = decoder.here(before)
     tracer.seen += 1
     step = Step(tracer.seen, cpu, place, tracer.machine.cpus > 1)
-    operation = Operation.here(before)
     touched = [] if operation is None else [(a.linear, min(a.size, _SHOWN)) for a in operation.accesses() if a.write]
     targets = [(gva, before.read(gva, size), size) for gva, size in touched]
     stopped = control.step(cpu, left)
     step.memory = [(gva, was, b"") for gva, was, _ in targets]
-    return stopped, step, ring.take()
+    return stopped, step, ring.take(stopped.by_planted_out)
 
 
 def _finish(step: Step, before: CpuView, after: CpuView, formatter: Formatter, event: Event | None) -> None:
     """What has changed."""
     step.regs = after.regs
-    for name in (*_GENERAL, "rflags"):
-        was, now = int(getattr(before.regs, name)), int(getattr(after.regs, name))
+    values = zip((*_GENERAL, "rip", "rflags"), _REGS.unpack(before.regs.to_bytes()), _REGS.unpack(after.regs.to_bytes()), strict=True)
+    for name, was, now in values:
         if name == "rflags":  # RF and TF are the debugger's
             was, now = was & ~0x10100, now & ~0x10100
-        if was != now:
+        if was != now and name != "rip":
             step.registers[name] = (was, now)
-    for name in _CONTROL:
-        was, now = int(getattr(before.sregs, name)), int(getattr(after.sregs, name))
-        if was != now:
-            step.registers[name] = (was, now)
-    for name in _SEGMENTS:
-        was, now = int(getattr(before.sregs, name).selector), int(getattr(after.sregs, name).selector)
-        if was != now:
-            step.registers[name] = (was, now)
+    if before.sregs != after.sregs:
+        step.registers.update(_of_the_system(before.sregs, after.sregs))
     changed = [(gva, was, after.read(gva, len(was))) for gva, was, _ in step.memory if was]
     step.memory = [(gva, was, now) for gva, was, now in changed if now]
     if event is not None:
@@ -177,6 +196,13 @@ def _finish(step: Step, before: CpuView, after: CpuView, formatter: Formatter, e
         formatter.names.see(event)
         known = event.is_write or event.is_pio or not event.size
         step.exit = formatter.what(event) if known else f"{formatter.names.describe(event)} -> (read)"
+
+
+def _of_the_system(before: Struct, after: Struct) -> dict[str, tuple[int, int]]:
+    """Control registers and selectors that have changed."""
+    values = {name: (int(getattr(before, name)), int(getattr(after, name))) for name in _CONTROL}
+    values |= {name: (int(getattr(before, name).selector), int(getattr(after, name).selector)) for name in _SEGMENTS}
+    return {name: (was, now) for name, (was, now) in values.items() if was != now}
 
 
 class _Ring:
@@ -189,13 +215,14 @@ class _Ring:
         runner.vcpu.lent = None
         runner.sync_table()
 
-    def take(self) -> Event | None:
-        """The access or other exit that the last step made, besides the debugger's own."""
+    def take(self, by_planted_out: bool) -> Event | None:
+        """The access or other exit that the last step made, besides the debugger's own: the last one, when a planted OUT
+        has ended the step."""
         size = ffi.sizeof("struct pykvm_record")
         records = ffi.buffer(self.ring.cdata.data, size * self.ring.cdata.used)[:]
         self.ring.cdata.used = 0
         vcpu = self.runner.vcpu
-        for at in range(0, len(records), size):
+        for at in range(0, len(records) - size * by_planted_out, size):
             event = Event(0, records[at : at + size], b"", vcpu)
             if event.reason not in (4, 10):
                 return event

@@ -9,6 +9,7 @@ from collections import deque
 
 from pykvm.debug.trace import Event
 from pykvm.debug.trace_text import Formatter, printable
+from pykvm.wholefile import replace_file
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -146,15 +147,7 @@ class Report:
         from pykvm.debug.trace_page import page
 
         text = page(self.data(result))
-        temporary = f"{path}.tmp"
-        try:
-            with open(temporary, "w", encoding="utf-8", errors="replace") as file:
-                file.write(text)
-            os.replace(temporary, path)
-        except OSError:
-            if os.path.exists(temporary):
-                os.unlink(temporary)
-            raise
+        replace_file(path, lambda file: file.write(text.encode("utf-8", "replace")))
 
     def data(self, result: Result) -> dict[str, Any]:
         """All that the page shows, as plain values."""

@@ -199,13 +199,18 @@ class Tracer:
             return
         self.shown += 1
         self.sink(item)
-        if self.limit is not None and self.shown >= self.limit:
+        if self.at_limit:
             self.stop()
 
     def stop(self) -> None:
         """The end is reached."""
         self._stopped = True
         self.machine.stop("until")
+
+    @property
+    def at_limit(self) -> bool:
+        """Whether the sink has got as many items as were asked for."""
+        return self.limit is not None and self.shown >= self.limit
 
     @property
     def stopped(self) -> bool:

@@ -10,7 +10,7 @@ import pykvm
 PACKAGE = Path(pykvm.__file__).parent
 LEVELS = {
     0: ["errors", "lifetime", "units", "platform"],
-    1: ["abi", "assemble", "console", "gallery", "memorymap", "hostwrites", "unixsocket"],
+    1: ["abi", "assemble", "console", "gallery", "memorymap", "hostwrites", "unixsocket", "wholefile"],
     2: ["system", "vm", "vcpu", "memory", "exits", "exit_reason", "bus", "disasm", "symbols", "records", "kvmstats", "cpuid", "irq"],
     3: ["x86", "devices", "loaders", "tables"],
     4: ["machine", "config", "start", "saveable", "pc", "pctest", "result", "runner", "smp", "turns", "msrs", "services", "needs", "probe"],
