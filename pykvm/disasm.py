@@ -73,18 +73,21 @@ def window(
     ``read(address, size)`` gives code bytes, fewer where memory ends. x86 code cannot be read backwards: what comes before ``rip`` is
     decoded from the symbol at or before it, else by trying starts until one run of instructions ends exactly there.
     """
-    lines = []
     found = symbols.lookup(rip) if symbols else None
     known = [] if found is None or found[1] > _NEAR else _run_to(read, rip - found[1], rip, bits)
-    for insn in known[-before:] or _before(read, rip, bits, before):
-        lines.append(_line(insn, "  ", symbols))
+    rows = known[-before:] or _before(read, rip, bits, before)
     here = disassemble(read(rip, _LONGEST * after), rip, bits, after)
+    names = {insn.address: symbols.name(insn.address) if symbols else "" for insn in [*rows, *here]}
+    width = max((len(name) + 3 for name in names.values() if name), default=0) + 1
+    lines = []
+    for insn in [*rows, *here]:
+        name = names[insn.address]
+        where = (f" <{name}>:" if name else ":").ljust(width)
+        lines.append(f"{'=>' if insn.address == rip else '  '} {insn.address:#010x}{where} {insn.bytes.hex():<20} {insn}")
     if not here:
         data = read(rip, 8)
         what = f"bytes {data.hex(' ')}: not an instruction" if data else "no memory here"
         lines.append(f"=> {rip:#010x}: {what}")
-    for insn in here:
-        lines.append(_line(insn, "=>" if insn.address == rip else "  ", symbols))
     return "\n".join(lines)
 
 
@@ -103,9 +106,3 @@ def _before(read: Callable[[int, int], bytes], rip: int, bits: int, count: int) 
             return run[-count:]
         best = max(best, run, key=len)
     return best
-
-
-def _line(insn: Insn, mark: str, symbols: Symbols | None) -> str:
-    name = symbols.name(insn.address) if symbols else ""
-    where = f" <{name}>" if name else ""
-    return f"{mark} {insn.address:#010x}{where}: {insn.bytes.hex():<20} {insn}"

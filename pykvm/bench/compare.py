@@ -56,6 +56,8 @@ def read_results(path: str) -> dict[str, Any]:
         raise ConfigError(f"{path} is no JSON: {error}") from None
     if not isinstance(contents, dict) or "schema" not in contents or "benchmark" not in contents:
         raise ConfigError(f"{path} is JSON, but nothing that pykvm bench --json has written")
+    if contents["benchmark"] == "mmu":
+        raise ConfigError(f"{path} is of bench mmu: pykvm bench mmu --compare A B puts two of those side by side")
     if contents["benchmark"] != "exits":
         raise ConfigError(f"{path} is of bench {contents['benchmark']}: only those of bench exits can be compared or drawn")
     if contents["schema"] != SCHEMA:

@@ -44,7 +44,9 @@ def check_report(text: str, path: str, loads: Callable[[str], Any]) -> dict[str,
     except (ValueError, RecursionError) as error:
         raise ConfigError(f"{path} is not JSON: {error}") from None
     if not isinstance(report, dict) or report.get("benchmark") != "mmu":
-        raise ConfigError(f"{path} is no report of `pykvm bench mmu --json`")
+        other = isinstance(report, dict) and report.get("benchmark") == "exits"
+        hint = ": pykvm bench compare A B judges two of bench exits" if other else ""
+        raise ConfigError(f"{path} is no report of `pykvm bench mmu --json`{hint}")
     if report.get("schema") != SCHEMA:
         raise ConfigError(f"{path} has schema {report.get('schema')!r}; this pykvm reads {SCHEMA}: measure again")
     try:
