@@ -1,8 +1,8 @@
-# svm_l2: a hypervisor as the guest, on AMD-V: it runs a guest of its own, L2, which executes CPUID and VMMCALL
+# svm_l2: a hypervisor as the guest, on AMD-V: it runs a guest of its own, L2, which executes CPUID, OUT and VMMCALL
 #
 # This guest, L1, answers the CPUID, moves L2's RIP on and runs it again; L2 gives back what it got with VMMCALL. KVM, L0, carries out
-# VMRUN by running L2 itself, with a VMCB made of L1's and its own.
-# Exits: IO out 0x3f8, IO out 0xf4, all from L1. VMRUN and #VMEXIT are exits to KVM, none reaches user space.
+# VMRUN by running L2 itself, with a VMCB made of L1's and its own. L1 does not intercept OUT, so L2's goes to L0 and user space.
+# Exits: IO out 0x3f8, IO out 0xf4, from L1; IO out 0xe0, once, from L2. VMRUN and #VMEXIT are exits to KVM, none reaches user space.
 # See: APM vol. 2 sections 15.3 to 15.6 (enabling SVM, VMRUN, #VMEXIT), appendices B (VMCB), C (exit codes).
 # Exit code: 0; 1 no SVM in CPUID; 2 the first #VMEXIT was not CPUID; 3 the second was not VMMCALL; 4 L2 got another answer.
 
@@ -45,7 +45,6 @@ _start:
     xor edx, edx
     mov ecx, VM_HSAVE_PA
     wrmsr
-
     # L2 starts in 64-bit mode with L1's page tables
     lea rbx, [rip + vmcb]
     mov dword ptr [rbx + INTERCEPT_3], 1 << 18
@@ -98,6 +97,7 @@ l2:
     xor eax, eax
     cpuid
     inc eax
+    out SCRATCH_PORT, al
     vmmcall
     ud2
 

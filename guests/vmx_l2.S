@@ -1,8 +1,8 @@
-# vmx_l2: a hypervisor as the guest, on VT-x: it runs a guest of its own, L2, which executes CPUID and VMCALL
+# vmx_l2: a hypervisor as the guest, on VT-x: it runs a guest of its own, L2, which executes CPUID, OUT and VMCALL
 #
 # This guest, L1, answers the CPUID, moves L2's RIP on and resumes it; L2 gives back what it got with VMCALL. KVM, L0, keeps L1's VMCS
-# in memory and runs L2 itself, with a VMCS made of L1's and its own.
-# Exits: IO out 0x3f8, IO out 0xf4, all from L1.
+# in memory and runs L2 itself, with a VMCS made of L1's and its own. OUT is no VM exit to L1, so L2's goes to L0 and user space.
+# Exits: IO out 0x3f8, IO out 0xf4, from L1; IO out 0xe0, once, from L2.
 # See: SDM vol. 3 chapters 25 (VMCS), 27 (VM entries), 28 (VM exits), appendices A (capability MSRs), B (field encodings), C (reasons).
 # Exit code: 0; 1 a VMX instruction failed; 2 VMLAUNCH or VMRESUME did; 3 the first exit was not CPUID; 4 the second was not VMCALL;
 # 5 L2 got another answer.
@@ -90,6 +90,7 @@ second:
 l2: xor eax, eax
     cpuid
     inc eax
+    out SCRATCH_PORT, al
     vmcall
     ud2
 

@@ -6,7 +6,7 @@ carries that layout too, and they are moved. Source: SDM vol. 1 section 13.4.
 
 from __future__ import annotations
 
-from pykvm.abi import ffi
+from pykvm.abi import ffi, lib
 from pykvm.cpuid import Cpuid
 from pykvm.errors import StateError
 from pykvm.state.plain import Fields, Hex, Int, Kernel, List, Optional, Row, plain, struct
@@ -23,6 +23,7 @@ __all__ = ["SHAPE", "moved", "read", "structs_of", "xsave_layout"]
 
 _XSAVE_MOST = 1 << 16
 _LEGACY, _HEADER = 512, 64  # bytes of an XSAVE area: FXSAVE's part, and the header, which begins with XSTATE_BV
+_VMCB_DR6 = 0x568  # APM vol. 2 appendix B
 _ROW = List(Int(32), count=7)
 SHAPE = Fields({
     "id": Int(32), "asked": List(_ROW, 256), "cpuid": List(_ROW, 256), "tsc_khz": Int(32), "regs": Kernel("struct kvm_regs"),
@@ -57,7 +58,7 @@ def read(vm: VM, vcpu: VCPU, layout: list[list[int]]) -> dict[str, Any]:
         "msrs": [[index, value] for index, value in structs.msrs.items()],
         "mp_state": structs.mp_state,
         "events": plain(structs.events),
-        "nested": None if structs.nested is None else structs.nested.hex(),
+        "nested": None if structs.nested is None else _without_dr6(structs.nested).hex(),
     }
 
 
@@ -83,6 +84,14 @@ def _with_ppr(lapic: bytes) -> bytes:
     tpr, vector = lapic[0x80], max(in_service.bit_length() - 1, 0)
     ppr = tpr if tpr >> 4 >= vector >> 4 else vector & 0xF0
     return lapic[:0xA0] + ppr.to_bytes(4, "little") + lapic[0xA4:]
+
+
+def _without_dr6(nested: bytes) -> bytes:
+    """While L2 runs, SVM's nested state ends with L1's VMCB. Its DR6 KVM writes at each entry, from debugregs, and does not take back."""
+    at = ffi.sizeof("struct kvm_nested_state") + _VMCB_DR6
+    if ffi.from_buffer("struct kvm_nested_state *", nested).format != lib.KVM_STATE_NESTED_FORMAT_SVM or len(nested) < at + 8:
+        return nested
+    return nested[:at] + bytes(8) + nested[at + 8 :]
 
 
 # --- writing ---------------------------------------------------------------------------------------------------------

@@ -120,11 +120,11 @@ def test_exits_are_those_of_the_header():
 
 @pytest.mark.parametrize("name", ["exceptions", "ring3", "demand_page", "page_fault", "vmxon", "vmx_l2", "svm_l2"])
 def test_what_stays_inside_makes_no_exits(name, system):
-    """Exceptions, and all of nested virtualization: user space sees the characters and the debug exit."""
+    """Exceptions, and all of nested virtualization: user space sees the characters, the debug exit, and an OUT that an L2 makes."""
     skip_unless_met(name, system)
     with start(name) as machine:
         result = machine.run(TIMEOUT)
-        assert result.exits == {"IO": len(result.console) + 1}
+        assert result.exits == {"IO": len(result.console) + 1 + name.endswith("_l2")}
 
 
 @pytest.mark.parametrize("name", ["io_sizes", "io_rep", "mmio_rw", "echo", "rom_write", "far_modes", "xsave_live", "string_copy"])
