@@ -21,7 +21,6 @@ __all__ = ["SERVICES", "Services"]
 
 EINVAL, KVM_ENOSYS = 22, 1000
 KVM_HC_MAP_GPA_RANGE = 12  # the one hypercall that KVM passes on
-_WORK_QUEUE = 0.005  # seconds in which the kernel's work queues have run
 ANY = 0xFFFFFFFF  # "no such argument"
 SERVICES = {
     1: "irq_raise", 2: "irq_lower", 3: "irq_pulse", 4: "msi", 5: "nmi", 6: "interrupt", 7: "irqfd", 8: "exception",
@@ -200,19 +199,9 @@ class Services:
     # --- saving ------------------------------------------------------------------------------------------------------
 
     def settle(self) -> None:
-        """Have interrupts arrive that irqfds were signalled for: KVM delivers some from a work queue of its own.
-
-        Taking an irqfd away waits for its work. Of a level-triggered one it would lower the line too: those are given time.
-        """
-        vm = self._machine.vm
+        """Have interrupts arrive that irqfds were signalled for."""
         for gsi, fd in self._irqfds.items():
-            if gsi not in self._resamples:
-                vm.remove_irqfd(gsi, fd.fd)
-                vm.irqfd(gsi, fd.fd)
-        if self._resamples:
-            from time import sleep
-
-            sleep(_WORK_QUEUE)
+            self._machine.vm.flush_irqfd(gsi, fd.fd, self._resamples[gsi].fd if gsi in self._resamples else -1)
 
     def save(self) -> dict[str, Any]:
         """What the guest has asked for so far."""

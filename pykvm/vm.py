@@ -228,6 +228,26 @@ class VM(Closes):
         request.fd, request.gsi, request.flags = fd, gsi, lib.KVM_IRQFD_FLAG_DEASSIGN
         ioctl(self.fd, "KVM_IRQFD", request, f"GSI {gsi}")
 
+    def flush_irqfd(self, gsi: int, fd: int, resample_fd: int = -1) -> None:
+        """Have an interrupt arrive that this irqfd was signalled for: KVM delivers some from a work queue of its own.
+
+        Taking an irqfd away waits for its work, and it is given back. The last one with resample of a GSI lowers the line as it goes, so
+        another one stands in meanwhile. Nobody must signal ``fd`` until this returns.
+        """
+        if resample_fd < 0:
+            self.remove_irqfd(gsi, fd)
+            self.irqfd(gsi, fd)
+            return
+        from pykvm.irq import EventFd
+
+        with EventFd() as other, EventFd() as others_resample:
+            self.irqfd(gsi, other.fd, others_resample.fd)
+            try:
+                self.remove_irqfd(gsi, fd)
+                self.irqfd(gsi, fd, resample_fd)
+            finally:
+                self.remove_irqfd(gsi, other.fd)
+
     def get_irqchip(self, chip: int) -> Struct:
         """KVM_GET_IRQCHIP (api.rst 4.26): ``struct kvm_irqchip`` of KVM_IRQCHIP_PIC_MASTER, _PIC_SLAVE or _IOAPIC."""
         state = new("struct kvm_irqchip")

@@ -6,11 +6,12 @@ import pytest
 
 import pykvm
 from pykvm import EventFd, Machine, Route, default_routes, msi_message, take_turns
+from pykvm.abi import lib
 from pykvm.errors import ConfigError
 from pykvm.needs import unmet
 from pykvm.x86.idt import GATE_SIZE, gate, use_idt
 from pykvm.x86.modes import CODE64
-from tests.conftest import TIMEOUT
+from tests.conftest import FEW, TIMEOUT
 
 READY = 0x142
 CODE_GPA, IDT_GPA = 0x100000, 0x102000
@@ -159,6 +160,37 @@ class Log:
 
     def write(self, offset, size, value):
         self.writes.append((offset, size, value))
+
+
+@pytest.mark.parametrize("level", [False, True], ids=["edge", "level"])
+def test_an_irqfd_is_flushed(level, system):
+    """What it was signalled for has arrived then, each time: the PIC has seen the edge, or the IOAPIC's line is high, and stays so."""
+    why = unmet({"needs": "cap:KVM_CAP_IRQFD,cap:KVM_CAP_IRQFD_RESAMPLE"}, system)
+    if why:
+        pytest.skip(why)
+    pin = 11
+
+    def requested():
+        if level:
+            return vm.get_irqchip(lib.KVM_IRQCHIP_IOAPIC).chip.ioapic.irr >> pin & 1
+        return vm.get_irqchip(lib.KVM_IRQCHIP_PIC_SLAVE).chip.pic.irr >> pin - 8 & 1
+
+    with Machine("halt", irqchip="kernel") as machine, EventFd() as fd, EventFd() as resample:
+        vm, request = machine.vm, (pin, fd.fd, resample.fd if level else -1)
+        for _ in range(FEW):
+            vm.irqfd(*request)
+            assert not requested()
+            fd.signal()
+            vm.flush_irqfd(*request)
+            assert requested()
+            vm.flush_irqfd(*request)
+            assert requested()
+            vm.remove_irqfd(pin, fd.fd)
+            if not level:  # a PIC remembers an edge until it is acknowledged
+                chip = vm.get_irqchip(lib.KVM_IRQCHIP_PIC_SLAVE)
+                chip.chip.pic.irr = 0
+                vm.set_irqchip(chip)
+        assert resample.take() == 0  # nobody has ended an interrupt
 
 
 def test_a_doorbell_comes_and_goes(loop, system):
