@@ -24,6 +24,7 @@ __all__ = ["SHAPE", "moved", "read", "structs_of", "xsave_layout"]
 _XSAVE_MOST = 1 << 16
 _LEGACY, _HEADER = 512, 64  # bytes of an XSAVE area: FXSAVE's part, and the header, which begins with XSTATE_BV
 _VMCB_DR6 = 0x568  # APM vol. 2 appendix B
+_VMCS12_GUEST_LINEAR_ADDRESS = 0x1A0
 _ROW = List(Int(32), count=7)
 SHAPE = Fields({
     "id": Int(32), "asked": List(_ROW, 256), "cpuid": List(_ROW, 256), "tsc_khz": Int(32), "regs": Kernel("struct kvm_regs"),
@@ -58,7 +59,7 @@ def read(vm: VM, vcpu: VCPU, layout: list[list[int]]) -> dict[str, Any]:
         "msrs": [[index, value] for index, value in structs.msrs.items()],
         "mp_state": structs.mp_state,
         "events": plain(structs.events),
-        "nested": None if structs.nested is None else _without_dr6(structs.nested).hex(),
+        "nested": None if structs.nested is None else _settled(structs.nested).hex(),
     }
 
 
@@ -86,10 +87,16 @@ def _with_ppr(lapic: bytes) -> bytes:
     return lapic[:0xA0] + ppr.to_bytes(4, "little") + lapic[0xA4:]
 
 
-def _without_dr6(nested: bytes) -> bytes:
-    """While L2 runs, SVM's nested state ends with L1's VMCB. Its DR6 KVM writes at each entry, from debugregs, and does not take back."""
-    at = ffi.sizeof("struct kvm_nested_state") + _VMCB_DR6
-    if ffi.from_buffer("struct kvm_nested_state *", nested).format != lib.KVM_STATE_NESTED_FORMAT_SVM or len(nested) < at + 8:
+def _settled(nested: bytes) -> bytes:
+    """While L2 runs, nested state ends with what L1 has asked for: SVM's with its VMCB, VMX's with a VMCS in KVM's layout (struct vmcs12).
+
+    One field of each is no state: the VMCB's DR6, which KVM writes at each entry, from debugregs, and does not take back; and the VMCS's
+    guest-linear address, which is whatever the CPU's last VM exit has left.
+    """
+    state = ffi.from_buffer("struct kvm_nested_state *", nested)
+    at = ffi.sizeof("struct kvm_nested_state")
+    at += _VMCB_DR6 if state.format == lib.KVM_STATE_NESTED_FORMAT_SVM else _VMCS12_GUEST_LINEAR_ADDRESS
+    if not state.flags & lib.KVM_STATE_NESTED_GUEST_MODE or len(nested) < at + 8:
         return nested
     return nested[:at] + bytes(8) + nested[at + 8 :]
 
