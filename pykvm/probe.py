@@ -5,6 +5,7 @@ Probed rather than assumed: the same kernel module behaves differently by CPU, b
 
 from __future__ import annotations
 
+from contextlib import contextmanager
 from functools import cache
 
 from pykvm import exits
@@ -19,7 +20,7 @@ from pykvm.x86.regs import AVAILABLE_TSS, BUSY_TSS, CR4, RFLAGS
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     from pykvm.abi import Struct
     from pykvm.exits import Exit
@@ -47,6 +48,19 @@ DR7_G0 = 2  # DR0 breaks on execution (SDM vol. 3 section 17.2.4)
 _MODES: dict[str, type[Mode]] = {"real": RealMode, "protected": ProtectedMode, "long": LongMode, "user": UserMode}
 
 
+@contextmanager
+def _guest(code: bytes, mode: str, memory: str = "2M") -> Iterator[tuple[VCPU, GuestMemory, int]]:
+    """A vCPU at the start of ``code``, the guest's memory, and where that start is."""
+    at = 0x1000 if mode == "real" else _CODE
+    with System() as system, GuestMemory.of_size(memory) as ram, system.create_vm() as vm:
+        vm.add_memory(ram)
+        ram.write(at, code)
+        vcpu = vm.create_vcpu()
+        vcpu.set_cpuid2(system.get_supported_cpuid().as_guest())
+        _MODES[mode]().apply(vcpu, ram, at)
+        yield vcpu, ram, at
+
+
 def _exit_of(
     code: bytes,
     mode: str,
@@ -55,13 +69,7 @@ def _exit_of(
     change: Callable[[VCPU, GuestMemory], None] | None = None,
 ) -> tuple[Exit, int]:
     """(first exit, RIP relative to the start) of a guest made of ``code``; ``change`` is made to it before it starts."""
-    at = 0x1000 if mode == "real" else _CODE
-    with System() as system, GuestMemory.of_size("2M") as ram, system.create_vm() as vm:
-        vm.add_memory(ram)
-        ram.write(at, code)
-        vcpu = vm.create_vcpu()
-        vcpu.set_cpuid2(system.get_supported_cpuid().as_guest())
-        _MODES[mode]().apply(vcpu, ram, at)
+    with _guest(code, mode) as (vcpu, ram, at):
         if debug:
             vcpu.set_guest_debug(debug)
         if change is not None:
@@ -133,13 +141,8 @@ def shadow_paging() -> bool:
     """Whether KVM keeps shadows of the guest's page tables (no EPT, no NPT): what the host writes there is not heard of, even when the TLB
     is flushed. A program reads through an entry of 2 MiB before and after the host has moved it."""
     at, code = 0x400000, b"\x8a\x04\x25\x00\x00\x40\x00\xe6\xf4\xeb\xf5"  # 1: mov al, [0x400000]; out 0xf4, al; jmp 1b
-    with System() as system, GuestMemory.of_size("8M") as ram, system.create_vm() as vm:
-        vm.add_memory(ram)
-        ram.write(_CODE, code)
+    with _guest(code, "user", "8M") as (vcpu, ram, _):
         ram.write_u8(at + HUGE_PAGE, 1)
-        vcpu = vm.create_vcpu()
-        vcpu.set_cpuid2(system.get_supported_cpuid().as_guest())
-        UserMode().apply(vcpu, ram, _CODE)
         vcpu.run(100 * _TIMEOUT)
         sregs = vcpu.get_sregs()
         entry = walk(ram, at, cr0=sregs.cr0, cr3=sregs.cr3, cr4=sregs.cr4, efer=sregs.efer).entries[-1]

@@ -41,11 +41,13 @@ def fork(machine: Machine, options: dict[str, Any]) -> Machine:
     shared.sessions = _sessions(machine)
     system = options.pop("system", None) or machine.system.another()
     own = system is not machine.system
-    memory = shared.memory()
+    memory = None
     try:
+        memory = shared.memory()
         clone = made(type(machine), machine.config, StateOrigin(state, memory, structs=structs), {**options, "system": system})
     except BaseException:
-        memory.close()
+        if memory is not None:
+            memory.close()
         if own:
             system.close()
         raise

@@ -21,8 +21,9 @@ from pykvm.errors import ConfigError, KvmError, StateError
 from pykvm.platform import GDT_GPA, IDT_GPA, PAGE_TABLES_END, PAGE_TABLES_GPA
 from pykvm.probe import shadow_paging
 from pykvm.state.save import device_places, settle
-from pykvm.state.vcpustructs import TSC, TSC_DEADLINE, capture, tr_as_loaded
+from pykvm.state.vcpustructs import TSC, capture, tr_as_loaded
 from pykvm.units import PAGE_SIZE
+from pykvm.x86.msr import MSRS
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -36,7 +37,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Checkpoint"]
 
-_ENTRIES = (0x174, 0xC0000082, 0xC0000083)  # IA32_SYSENTER_CS, IA32_LSTAR, IA32_CSTAR: where CPL3 enters CPL0 without a gate
+_ENTRIES = [MSRS[name] for name in ("IA32_SYSENTER_CS", "IA32_LSTAR", "IA32_CSTAR")]  # where CPL3 enters CPL0 without a gate
 
 
 class Checkpoint:
@@ -139,13 +140,11 @@ class Checkpoint:
         if structs.lapic is not None:
             cell.lapic = structs.lapic.cdata
             self._keep.append(structs.lapic)
-        values = {index: value for index, value in structs.msrs.items() if index != TSC}
-        for index, _ in vcpu.set_msrs(values.items()):  # what KVM does not take, the guest cannot have changed
-            del values[index]
-        late = values.pop(TSC_DEADLINE, None)
-        rows = [*values.items(), *([] if late is None else [(TSC_DEADLINE, late)])]
-        msrs = ffi.new("struct kvm_msrs *", {"nmsrs": len(rows), "entries": [{"index": i, "data": v} for i, v in rows]})
-        cell.msrs = msrs
+        structs.leave_out((TSC,))
+        refused = vcpu.set_msrs(structs.msr_table())  # what KVM does not take, the guest cannot have changed
+        structs.leave_out([index for index, _ in refused])
+        msrs = structs.msr_table()
+        cell.msrs = msrs.cdata
         self._keep.append(msrs)
 
     def _add_chips(self) -> None:

@@ -44,8 +44,7 @@ def fall_asleep(machine: Machine) -> None:
             if nested_of(machine.system, vcpu) is not None:  # CR4.VMXE cannot be cleared before
                 vcpu.set_nested_state(new.get_nested_state(machine.system.check_extension("KVM_CAP_NESTED_STATE")))
             state = capture(fresh, new)
-            for msr in _KEPT:
-                state.msrs.pop(msr, None)
+            state.leave_out(_KEPT)
             put(machine.vm, vcpu, state)
         vmstate.write(machine.vm, vmstate.read(fresh, None))
     if machine.ioapic is not None:

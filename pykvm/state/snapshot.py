@@ -36,6 +36,7 @@ STATE = "state.json"
 _SAVING = ".saving-"
 # Who restores one snapshot again and again, for grading or fuzzing, has its text checked once: a MachineState is not changed.
 _last: tuple[str, bytes, MachineState, list[bytes]] | None = None
+_KEPT = 1 << 20  # bytes of text, at most; consoles can be long
 
 
 # --- writing ---------------------------------------------------------------------------------------------------------
@@ -169,7 +170,9 @@ def read_state(directory: str | os.PathLike[str]) -> tuple[MachineState, list[by
     global _last
     last = _last
     if last is None or last[0] != path or last[1] != text:
-        last = _last = (path, text, *_parsed(path, text))
+        last = (path, text, *_parsed(path, text))
+        if len(text) <= _KEPT:
+            _last = last
     return last[2], last[3]
 
 

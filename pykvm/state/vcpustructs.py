@@ -23,6 +23,7 @@ from pykvm.x86.regs import AVAILABLE_TSS, BUSY_TSS, EFER
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from collections.abc import Container
     from typing import Any
 
     from pykvm.cpuid import Cpuid
@@ -77,9 +78,9 @@ class VcpuStructs:
             self._msr_table = MsrTable([*first, *(row for row in msrs.items() if row[0] not in (TSC, TSC_DEADLINE)), *late])
         return self._msr_table
 
-    def leave_out(self, needless: set[int]) -> None:
-        """These MSRs, which KVM does not take, have in a new vCPU the value that they should."""
-        self.msrs = {index: value for index, value in self.msrs.items() if index not in needless}
+    def leave_out(self, msrs: Container[int]) -> None:
+        """Of these MSRs the vCPU that is written to has the right value by itself."""
+        self.msrs = {index: value for index, value in self.msrs.items() if index not in msrs}
         self._msr_table = None
 
 
