@@ -23,8 +23,8 @@ __all__ = ["SHAPE", "moved", "read", "structs_of", "xsave_layout"]
 
 _XSAVE_MOST = 1 << 16
 _LEGACY, _HEADER = 512, 64  # bytes of an XSAVE area: FXSAVE's part, and the header, which begins with XSTATE_BV
-_VMCB_DR6 = 0x568  # APM vol. 2 appendix B
-_VMCS12_GUEST_LINEAR_ADDRESS = 0x1A0
+_VMCB_COPIES = (0x568, 0x668)  # DR6 and G_PAT, 8 bytes each (APM vol. 2 appendix B)
+_VMCS12_LEFT = (0x1A0,)  # the guest-linear address
 _ROW = List(Int(32), count=7)
 SHAPE = Fields({
     "id": Int(32), "asked": List(_ROW, 256), "cpuid": List(_ROW, 256), "tsc_khz": Int(32), "regs": Kernel("struct kvm_regs"),
@@ -90,15 +90,18 @@ def _with_ppr(lapic: bytes) -> bytes:
 def _settled(nested: bytes) -> bytes:
     """While L2 runs, nested state ends with what L1 has asked for: SVM's with its VMCB, VMX's with a VMCS in KVM's layout (struct vmcs12).
 
-    One field of each is no state: the VMCB's DR6, which KVM writes at each entry, from debugregs, and does not take back; and the VMCS's
+    Some fields are no state: the VMCB's DR6 and G_PAT, which KVM writes from debugregs and IA32_PAT and does not take back, and the VMCS's
     guest-linear address, which is whatever the CPU's last VM exit has left.
     """
     state = ffi.from_buffer("struct kvm_nested_state *", nested)
-    at = ffi.sizeof("struct kvm_nested_state")
-    at += _VMCB_DR6 if state.format == lib.KVM_STATE_NESTED_FORMAT_SVM else _VMCS12_GUEST_LINEAR_ADDRESS
-    if not state.flags & lib.KVM_STATE_NESTED_GUEST_MODE or len(nested) < at + 8:
+    if not state.flags & lib.KVM_STATE_NESTED_GUEST_MODE:
         return nested
-    return nested[:at] + bytes(8) + nested[at + 8 :]
+    result = bytearray(nested)
+    for offset in _VMCB_COPIES if state.format == lib.KVM_STATE_NESTED_FORMAT_SVM else _VMCS12_LEFT:
+        at = ffi.sizeof("struct kvm_nested_state") + offset
+        if at + 8 <= len(result):
+            result[at : at + 8] = bytes(8)
+    return bytes(result)
 
 
 # --- writing ---------------------------------------------------------------------------------------------------------
