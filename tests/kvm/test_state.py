@@ -8,7 +8,7 @@ from pykvm import ConfigError, GuestMemory, Machine, StateError, asm, gallery
 from pykvm.state.compat import Host, check, demand
 from pykvm.state.machinestate import MachineState
 from tests.conftest import TIMEOUT
-from tests.kvm.states import TIMED, Doubler, a_state, add_devices, again, copy, end, start, stop_at
+from tests.kvm.states import POLLING, TIMED, Doubler, a_state, add_devices, again, copy, end, start, stop_at
 
 _ends = {}
 
@@ -42,7 +42,8 @@ def check_guest(name, point):
             same = state.diff(restored.save())
             assert [d for d in same if not d.path.startswith("vm.pics")] == []  # the PIT goes on counting
             got = end(restored)
-            assert got == how or (name in TIMED and got[:2] == how[:2])
+            # One that polls a timer may have stood at its last exit, whose power-off has gone with the stop: then the machine itself halts.
+            assert got == how or (name in TIMED and got[:2] == how[:2]) or (name in POLLING and got == end(machine))
 
 
 # One of each kind, for the emulated hosts, where all would take too long; the slow test below has all.
