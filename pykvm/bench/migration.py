@@ -37,6 +37,9 @@ _WRITTEN = 64 << 20  # bytes that the busy guest goes round in
 _RUN = 600.0
 IDLE = "1: sti; hlt; jmp 1b"
 BUSY = f"""
+        rdtsc                       # the first page is due now
+        shl rdx, 32
+        lea rbx, [rax + rdx]
         mov rsi, {DATA_GPA + _WRITTEN}
 round:  mov rdi, {DATA_GPA}
 page:   inc qword ptr [rdi]
@@ -182,10 +185,10 @@ def _move(machine: Machine) -> dict[str, Any]:
             assert there.stderr is not None
             if not there.stderr.readline().startswith(b"pykvm: waiting"):
                 raise MigrationError("pykvm receive does not start")
+            began = monotonic()
             run.start()
             while not machine.group.running:
                 os.sched_yield()
-            began = monotonic()
             report = migrate(machine, where)
             return {**report, "ran": monotonic() - began}
         finally:
